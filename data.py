@@ -1,0 +1,351 @@
+"""Clips in, padded batches out: manifests, decoding, transforms, noise, batching.
+
+    corpus, load = load_corpus("synthetic", "train")          # or the folder of a manifest train.csv
+    dataset = ClipDataset(corpus, load, task="avsr")
+    batch = collate([dataset[0], dataset[1]])                 # what LlamaSMoP takes
+
+Every random choice is drawn from (seed, epoch, clip id), never from a global state: a batch does not depend on the
+number of workers or processes, a resumed run sees the same clips, and an evaluation in noise repeats exactly.
+
+Legend: B clips, T video frames (25 a second), S audio samples (16 kHz).
+"""
+
+import csv
+import math
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset, Sampler
+
+import synthetic
+
+SAMPLE_RATE = 16_000
+FPS = 25
+SAMPLES_PER_FRAME = SAMPLE_RATE // FPS  # 640
+CROP = 88  # pixels of the 96-pixel mouth region that the video encoder sees
+GREY_MEAN, GREY_STD = 0.421, 0.165  # of AV-HuBERT's training data
+GREY_WEIGHTS = (0.2989, 0.587, 0.114)
+MAX_PIXELS = 4096 * 2304  # a larger picture is refused: one 100-megapixel frame can fill the memory
+TRAIN_SNRS = (-5, 0, 5, 10, 15, 20, None)  # dB; None is clean
+TASKS = {"asr": ("audio",), "vsr": ("video",), "avsr": ("audio", "video")}  # what each task hears and sees
+
+
+# --- manifests ---------------------------------------------------------------------------------------------------
+
+
+class Clip(NamedTuple):
+    id: str
+    path: Path
+    frames: int  # at 25 fps
+    text: str
+
+
+def read_manifest(path):
+    """List of `Clip` of a manifest: a CSV with the columns id,path,frames,text, `path` relative to its own folder.
+
+    The label files of auto_avsr and Llama-AVSR (no header; dataset,rel_path,frames,text, in `labels/` beside the
+    folder `dataset`) are read too; where they hold token ids, the transcript comes from auto_avsr's text folder.
+    Every fault is a ValueError that names the file and the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such manifest")
+    with open(path, newline="", encoding="utf-8") as file:
+        try:
+            rows = [row for row in csv.reader(file) if row]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+    header = ["id", "path", "frames", "text"]
+    labels = bool(rows) and rows[0] != header
+    clips = []
+    for line, row in enumerate(rows if labels else rows[1:], start=1 if labels else 2):
+        if len(row) != 4 or not row[2].isdigit() or int(row[2]) < 1:
+            raise ValueError(
+                f"{path}:{line}: expected {','.join(header)} with a positive number of frames, got {','.join(row)!r}"
+            )
+        name, file, frames, text = row[0], path.parent / row[1], int(row[2]), row[3].strip()
+        if labels:
+            root = path.parent if (path.parent / row[0]).is_dir() else path.parent.parent
+            name, file = str(Path(row[1]).with_suffix("")), root / row[0] / row[1]
+            if text and all(token.isdigit() for token in text.split()):
+                transcript = Path(str(file).replace("_video_", "_text_")).with_suffix(".txt")
+                if not transcript.is_file():
+                    raise ValueError(f"{path}:{line}: token ids instead of a transcript, and no {transcript}")
+                text = transcript.read_text(encoding="utf-8").strip()
+        if not text:
+            raise ValueError(f"{path}:{line}: empty transcript for {file}")
+        if Path(name).is_absolute() or ".." in Path(name).parts or ".." in Path(row[1]).parts:
+            raise ValueError(f"{path}:{line}: {name!r}, {row[1]!r}: neither id nor path may lead out of the folder")
+        clips.append(Clip(name, file, frames, text))
+    if not clips:
+        raise ValueError(f"{path}: no clips in it; expected the header {','.join(header)} and a line a clip")
+    names = [clip.id for clip in clips]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{path}: the id {max(names, key=names.count)!r} stands for several clips")
+    return clips
+
+
+def load_corpus(data, split):
+    """(clips, load) of one split: `data` is "synthetic" or a folder with SPLIT.csv; load(clip, kind) reads one."""
+    if data == "synthetic":
+        return [Clip(name, None, frames, text) for name, frames, text in synthetic.corpus(split)], synthetic_media
+    return read_manifest(Path(data) / f"{split}.csv"), load_media
+
+
+# --- decoding ----------------------------------------------------------------------------------------------------
+
+
+def _open(path, kind):
+    """(container, its first stream of that kind), or an error that names the file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        container = av.open(str(path))
+    except (av.FFmpegError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable media file ({error})") from None
+    streams = getattr(container.streams, kind)
+    if not streams:
+        container.close()
+        raise ValueError(f"{path}: no {kind} track")
+    return container, streams[0]
+
+
+def _start(stream):
+    return float((stream.start_time or 0) * stream.time_base)
+
+
+def video_frames(path, pixels="gray"):
+    """Yield the frames of a video, 25 a second whatever its own rate: grey (H, W) uint8, or "rgb24" (H, W, 3)."""
+    container, stream = _open(path, "video")
+    with container:
+        if stream.width * stream.height > MAX_PIXELS:
+            raise ValueError(f"{path}: {stream.width}x{stream.height} pixels, at most {MAX_PIXELS} are read")
+        tick, shown, end = 0, None, 0.0
+        try:
+            for frame in container.decode(stream):
+                start = frame.time - _start(stream)
+                while shown is not None and tick < round(start * FPS):  # the last frame stands until this one
+                    yield shown
+                    tick += 1
+                shown = frame.to_ndarray(format=pixels)
+                end = start + float(1 / (stream.average_rate or FPS))
+        except av.FFmpegError as error:
+            raise ValueError(f"{path}: damaged video after frame {tick} ({error})") from None
+        while shown is not None and tick < round(end * FPS):
+            yield shown
+            tick += 1
+
+
+def load_video(path):
+    """The frames of a video at 25 fps as grey (T, H, W) uint8."""
+    frames = list(video_frames(path))
+    if not frames:
+        raise ValueError(f"{path}: no frame could be decoded")
+    return np.stack(frames)
+
+
+def load_audio(path):
+    """The first audio track as float32 (S,), 16 kHz mono, from the time on at which the video starts.
+
+    Where a `.wav` lies beside the file (auto_avsr's layout), it is read instead.
+    """
+    wav = Path(path).with_suffix(".wav")
+    container, stream = _open(wav if wav.is_file() else path, "audio")
+    with container:
+        resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
+        try:
+            chunks = [out.to_ndarray()[0] for frame in container.decode(stream) for out in resampler.resample(frame)]
+            chunks += [out.to_ndarray()[0] for out in resampler.resample(None)]
+        except av.FFmpegError as error:
+            raise ValueError(f"{path}: damaged audio ({error})") from None
+        if not chunks:
+            raise ValueError(f"{path}: no audio could be decoded")
+        samples = np.concatenate(chunks)
+        video = container.streams.video
+        late = round((_start(stream) - _start(video[0])) * SAMPLE_RATE) if video else 0
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{path}: NaN or infinite audio samples")
+    return np.pad(samples, (late, 0)) if late > 0 else samples[-late:]
+
+
+def synthetic_media(clip, kind):
+    """As `load_media`, of the built-in corpus."""
+    return synthetic.render(clip.id, kind)
+
+
+def fit_audio(samples, length):
+    """Cut or zero-pad (S,) to `length` samples. The one place where audio and video get one length."""
+    return np.pad(samples[:length], (0, max(length - len(samples), 0)))
+
+
+def load_media(clip, kind):
+    """"audio" (S,) float32 or "video" (T, H, W) uint8 of a clip on disk, at the length its manifest states."""
+    if kind == "audio":
+        return fit_audio(load_audio(clip.path), clip.frames * SAMPLES_PER_FRAME)
+    frames = load_video(clip.path)
+    if abs(len(frames) - clip.frames) > 1:  # containers round: one frame more or less is no fault
+        raise ValueError(f"{clip.path}: {len(frames)} frames at 25 fps, but its manifest says {clip.frames}")
+    return frames[np.minimum(np.arange(clip.frames), len(frames) - 1)]
+
+
+# --- transforms --------------------------------------------------------------------------------------------------
+
+
+def transform_video(frames, rng=None):
+    """(T, H, W) grey or (T, H, W, 3) RGB uint8 -> (T, 1, 88, 88) float32, normalised for AV-HuBERT.
+
+    The centre is cut out; with `rng` (a random.Random) a random place, flipped half of the time, with spans of
+    up to 0.4 s in every second set to the mean.
+    """
+    height, width = frames.shape[1:3]
+    if min(height, width) < CROP:
+        raise ValueError(f"frames of {width}x{height} pixels: mouth regions of at least {CROP}x{CROP} are expected")
+    top, left = round((height - CROP) / 2), round((width - CROP) / 2)
+    if rng is not None:
+        top, left = rng.randint(0, height - CROP), rng.randint(0, width - CROP)
+    video = torch.from_numpy(frames[:, top : top + CROP, left : left + CROP]).float() / 255
+    if video.ndim == 4:
+        video = video @ torch.tensor(GREY_WEIGHTS)
+    video = (video - GREY_MEAN) / GREY_STD
+    if rng is not None:
+        video = video.flip(-1) if rng.random() < 0.5 else video
+        mask_spans(video, FPS, rng)
+    return video.unsqueeze(1)
+
+
+def transform_audio(samples, length=None, rng=None):
+    """(S,) float32 -> (length, 1): cut or padded, then normalised to mean 0 and variance 1 over the whole clip.
+
+    With `rng`, spans of up to 0.4 s in every second are set to 0 before that.
+    """
+    audio = torch.from_numpy(fit_audio(samples, len(samples) if length is None else length)).float().clone()
+    if rng is not None:
+        mask_spans(audio, SAMPLE_RATE, rng)
+    return F.layer_norm(audio, audio.shape, eps=1e-8).unsqueeze(1)
+
+
+def mask_spans(x, rate, rng, longest=0.4):
+    """Set one span of up to `longest` seconds in every second of x (T, ...) to 0, in place (auto_avsr's recipe)."""
+    for _ in range(math.ceil(len(x) / rate)):
+        start = rng.randrange(len(x))
+        x[start : start + rng.randint(0, int(longest * rate))] = 0
+
+
+def add_noise(samples, noise, snr, rng):
+    """Add a random stretch of `noise` (looped) at `snr` dB: the ratio of the mean powers over the whole clip."""
+    start = rng.randrange(len(noise))
+    stretch = np.take(noise, np.arange(start, start + len(samples)), mode="wrap")
+    power = np.mean(stretch.astype(np.float64) ** 2)
+    if power == 0:
+        raise ValueError("the noise is silent")
+    gain = math.sqrt(np.mean(samples.astype(np.float64) ** 2) / power / 10 ** (snr / 10))
+    return (samples + gain * stretch).astype(np.float32)
+
+
+def make_babble(clips, load, seconds=30, voices=20, seed=0):
+    """Babble as float32 (S,): `voices` chains of utterances drawn from `clips` with random gains, summed."""
+    rng = random.Random(seed)
+    babble = np.zeros(seconds * SAMPLE_RATE, np.float32)
+    for _ in range(voices):
+        at = 0
+        while at < len(babble):
+            voice = load(rng.choice(clips), "audio")[: len(babble) - at]
+            babble[at : at + len(voice)] += rng.uniform(0.5, 1.5) * voice
+            at += len(voice)
+    return babble
+
+
+# --- dataset and batches -----------------------------------------------------------------------------------------
+
+
+class ClipDataset(Dataset):
+    """Clips as dicts: id, text, and for what the task needs audio (S,) and video (1, T, 88, 88), both float32.
+
+    train: random crops, flips, masks and, with `noise`, babble at an SNR from TRAIN_SNRS; set `epoch` for new draws.
+    Otherwise nothing is random but the stretch of `noise` added at `snr` dB (None: clean), drawn from the clip's id.
+    """
+
+    def __init__(self, clips, load, task, train=False, noise=None, snr=None, seed=0):
+        if snr is not None and noise is None:
+            raise ValueError(f"an SNR of {snr} dB needs a noise")
+        self.clips, self.load, self.kinds = clips, load, TASKS[task]
+        self.train, self.noise, self.snr, self.seed, self.epoch = train, noise, snr, seed, 0
+
+    def __len__(self):
+        return len(self.clips)
+
+    def __getitem__(self, index):
+        clip = self.clips[index]
+        rng = random.Random(f"{self.seed} {self.epoch} {clip.id}")  # a str seeds by its hash value, the same everywhere
+        snr = rng.choice(TRAIN_SNRS) if self.train else self.snr
+        augment = rng if self.train else None
+        item = {"id": clip.id, "text": clip.text}
+        if "audio" in self.kinds:
+            samples = self.load(clip, "audio")
+            if snr is not None and self.noise is not None:  # 0 dB is an SNR
+                samples = add_noise(samples, self.noise, snr, rng)
+            item["audio"] = transform_audio(samples, rng=augment).squeeze(1)
+        if "video" in self.kinds:
+            item["video"] = transform_video(self.load(clip, "video"), rng=augment).transpose(0, 1)
+        return item
+
+
+def collate(items):
+    """Zero-pad clips to one batch: {ids, texts, audio (B, S), audio_lengths (B,), video (B, 1, T, 88, 88), ...}."""
+    batch = {"ids": [item["id"] for item in items], "texts": [item["text"] for item in items]}
+    for kind, time in (("audio", 0), ("video", 1)):
+        if kind in items[0]:
+            clips = [item[kind] for item in items]
+            lengths = torch.tensor([clip.shape[time] for clip in clips])
+            padding = [[0, 0] * (clip.ndim - 1 - time) + [0, int(lengths.max()) - clip.shape[time]] for clip in clips]
+            batch[kind] = torch.stack([F.pad(clip, pad) for clip, pad in zip(clips, padding)])
+            batch[f"{kind}_lengths"] = lengths
+    return batch
+
+
+class FrameBatches(Sampler):
+    """Batches of clips of similar length with at most `max_frames` video frames a process, padding included.
+
+    Each epoch shuffles the clips within buckets of similar length, and then the batches; both depend on (seed, epoch)
+    alone. Under DDP a global batch of `world` times the size is dealt out clip by clip, so that all processes take the
+    same number of steps and no clip is lost or repeated. `skip` leaves out the first batches (to resume).
+    """
+
+    def __init__(self, frames, max_frames, shuffle=True, seed=0, rank=0, world=1):
+        if world > len(frames):
+            raise ValueError(f"{len(frames)} clips cannot be shared by {world} processes")
+        self.frames, self.max_frames, self.shuffle, self.seed = frames, max_frames, shuffle, seed
+        self.rank, self.world, self.epoch, self.skip = rank, world, 0, 0
+
+    def batches(self):
+        rng = random.Random(f"{self.seed} {self.epoch}")
+        order = list(range(len(self.frames)))
+        if self.shuffle:
+            rng.shuffle(order)
+        bucket = max(self.max_frames // 20, 1)  # lengths within a bucket count as equal
+        order.sort(key=lambda i: self.frames[i] // bucket if self.shuffle else self.frames[i])
+        batches, longest = [[]], 0
+        for i in order:
+            longest = max(longest, self.frames[i])
+            full = longest * (len(batches[-1]) + 1) > self.max_frames * self.world
+            if full and len(batches[-1]) >= self.world:
+                batches.append([])
+                longest = self.frames[i]
+            batches[-1].append(i)
+        if len(batches[-1]) < self.world:  # every process needs a clip
+            batches[-2] += batches.pop()
+        if self.shuffle:
+            rng.shuffle(batches)
+        return batches
+
+    def __len__(self):
+        return len(self.batches()) - self.skip
+
+    def __iter__(self):
+        for batch in self.batches()[self.skip :]:
+            yield batch[self.rank :: self.world]

@@ -1,0 +1,419 @@
+"""Llama-SMoP: frozen encoders, average pooling, a sparse mixture of projectors, and a Llama with LoRA.
+
+    model = LlamaSMoP(task="avsr", llm="meta-llama/Llama-3.2-1B", audio_encoder="openai/whisper-medium.en",
+                      video_encoder="large_vox_iter5.pt", projector="DEDR", num_experts=4, top_k=2)
+    losses = model(batch)                       # batch from data.collate; losses.total.backward()
+    texts = model.generate(batch, num_beams=15)
+    model.save("run"); model = LlamaSMoP.load("run")
+
+What the LLM reads (Fig. 1 of the paper), one clip; training continues it with the transcript and EOS:
+
+    BOS <audio> A...A </audio> <video> V...V </video> prompt
+
+Legend: B clips, S samples, T frames, A and V audio and video tokens, L length of the LLM's input, D its width.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperModel,
+)
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from avhubert import AVHubertEncoder
+from data import SAMPLE_RATE, TASKS
+from smop import MultimodalSMoP
+
+WHISPER_RATE = 50  # encoder frames a second
+WHISPER_SECONDS = 30  # what Whisper sees, and the longest clip
+MEL_PER_FRAME = 2
+SAMPLES_PER_WHISPER_FRAME = SAMPLE_RATE // WHISPER_RATE  # 320
+PROMPTS = {
+    "asr": "Transcribe speech to text.",
+    "vsr": "Transcribe video to text.",
+    "avsr": "Transcribe speech and video to text.",
+}
+MARKERS = ["<audio>", "</audio>", "<video>", "</video>"]
+SLOT = {"audio": -1, "video": -2}  # places in the token ids that projected features take
+IGNORE = -100  # cross_entropy's ignore_index
+
+
+class Losses(NamedTuple):
+    total: torch.Tensor  # lm + load_balancing_weight * load_balancing + router_z_weight * router_z
+    lm: torch.Tensor
+    load_balancing: torch.Tensor
+    router_z: torch.Tensor
+
+
+class LlamaSMoP(nn.Module):
+    """Any Whisper, any AV-HuBERT and any Llama, joined by a mixture of projectors.
+
+    task: "asr", "vsr" or "avsr"; a task that lacks a modality needs no encoder for it.
+    llm, audio_encoder: a hub name or a folder of transformers (frozen; the LLM gets LoRA), or a dict of
+        LlamaConfig / WhisperConfig arguments (random weights, trained).
+    video_encoder: a fairseq AV-HuBERT checkpoint (frozen), the folder of a run that trained one (frozen), or a dict
+        of AVHubertEncoder's arguments (random weights, trained).
+    tokenizer: of transformers; by default the LLM's own. A random LLM needs one, see `train_tokenizer`.
+    projector: "DEDR", "JEDR", "JEJR", or "MLP" (one expert: the projector of Llama-AVSR).
+    num_experts, top_k, dim_hidden: of each mixture; dim_hidden defaults to the LLM's width.
+    audio_pool, video_pool: features averaged into one token (the paper's downsampling factors).
+    audio_window: "30s" gives Whisper 30 seconds as it was trained; "clip" only the clip (its positions cut), which
+        costs a tenth for clips of 3 s. A frozen Whisper then sees inputs unlike its training, hence off by default.
+    lora_rank: default a 32nd of the LLM's width; lora_scale multiplies the update (published: 64 of 2048, 0.125).
+    prompt: default PROMPTS[task], and none for a random LLM, which has nothing to recall.
+    """
+
+    def __init__(
+        self,
+        task="avsr",
+        llm="meta-llama/Llama-3.2-1B",
+        audio_encoder="openai/whisper-medium.en",
+        video_encoder=None,
+        tokenizer=None,
+        projector="DEDR",
+        num_experts=4,
+        top_k=2,
+        dim_hidden=None,
+        audio_pool=4,
+        video_pool=2,
+        audio_window="30s",
+        lora_rank=None,
+        lora_scale=0.125,
+        prompt=None,
+        load_balancing_weight=0.01,
+        router_z_weight=0.001,
+    ):
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "tokenizer", "__class__")}
+        if task not in TASKS:
+            raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+        if audio_window not in ("30s", "clip"):
+            raise ValueError(f"audio_window must be 30s or clip, got {audio_window!r}")
+        self.kinds = TASKS[task]
+        self.pools = {"audio": audio_pool, "video": video_pool}
+        self.audio_window = audio_window
+        self.loss_weights = load_balancing_weight, router_z_weight
+
+        dims = {}
+        if "audio" in self.kinds:
+            self.audio_encoder, self.log_mel = load_whisper(audio_encoder)
+            dims["audio"] = self.audio_encoder.config.d_model
+        if "video" in self.kinds:
+            self.video_encoder = load_video_encoder(video_encoder)
+            dims["video"] = self.video_encoder.dim
+        self.llm, self.tokenizer = load_llm(llm, tokenizer, lora_rank, lora_scale)
+        dim = self.llm.config.hidden_size
+        if projector == "MLP":
+            projector, num_experts, top_k = "DEDR", 1, 1
+        # With top-1, renormalising would make the weight 1 and cut the router off from the language-model loss.
+        self.projector = MultimodalSMoP(
+            dims, dim, projector, dim_hidden=dim_hidden, num_experts=num_experts, top_k=top_k, renormalize=top_k > 1
+        )
+        self.prompt = prompt if prompt is not None else "" if isinstance(llm, dict) else PROMPTS[task]
+        self.train()
+
+    # --- from clips to losses and texts --------------------------------------------------------------------------
+
+    def forward(self, batch):
+        """Losses of a batch of `data.collate`: mean cross entropy over the tokens of all transcripts and their EOS,
+        and the routers' two losses. Padding has no part in any of them."""
+        embeddings, mask, labels, routing = self.embed(batch, batch["texts"])
+        hidden = self.llm.get_decoder()(inputs_embeds=embeddings, attention_mask=mask, use_cache=False)[0]  # (B, L, D)
+        row, column = torch.where(labels[:, 1:] != IGNORE)  # logits only where a transcript is predicted
+        logits = self.llm.get_output_embeddings()(hidden[row, column])
+        lm = F.cross_entropy(logits.float(), labels[row, column + 1].to(logits.device))
+        balance, z = routing.load_balancing_loss, routing.router_z_loss
+        return Losses(lm + self.loss_weights[0] * balance + self.loss_weights[1] * z, lm, balance, z)
+
+    @torch.no_grad()
+    def generate(self, batch, num_beams=1, max_new_tokens=128):
+        """The transcripts of a batch, by greedy or beam search; nothing is sampled."""
+        embeddings, mask, _, _ = self.embed(batch)
+        config = GenerationConfig(
+            num_beams=num_beams,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            bos_token_id=self.tokenizer.bos_token_id,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        ids = self.llm.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=config)
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def embed(self, batch, texts=None):
+        """The LLM's input: embeddings (B, L, D), attention mask (B, L), labels (B, L) on the CPU, routing.
+
+        With texts (training) rows are padded on the right, without (generation) on the left.
+        """
+        features, counts, routing = self.project(batch)
+        ids, labels = self.token_ids(counts, texts)  # on the CPU, so that finding the slots makes no GPU wait
+        embedding = self.llm.get_input_embeddings()
+        device = embedding.weight.device
+        embeddings = embedding(ids.clamp(min=0).to(device)).clone()  # (B, L, D)
+        for kind, x in features.items():
+            mask = torch.arange(x.shape[1]) < counts[kind][:, None]
+            embeddings[torch.where(ids == SLOT[kind])] = x[torch.where(mask)].to(embeddings.dtype)
+        mask = (ids != self.tokenizer.pad_token_id).long().to(device)
+        return embeddings, mask, labels, routing
+
+    def token_ids(self, counts, texts=None):
+        """Token ids (B, L) with SLOTs for the features, and labels (B, L): IGNORE but for each text and its EOS."""
+        encode = self.tokenizer.convert_tokens_to_ids
+        bos, eos, pad = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        prompt = self.tokenizer(self.prompt, add_special_tokens=False).input_ids
+        rows, targets = [], []
+        for i in range(len(next(iter(counts.values())))):
+            row = [] if bos is None else [bos]
+            for kind in self.kinds:
+                row += [encode(f"<{kind}>"), *[SLOT[kind]] * int(counts[kind][i]), encode(f"</{kind}>")]
+            row += prompt
+            text = [] if texts is None else [*self.tokenizer(texts[i], add_special_tokens=False).input_ids, eos]
+            rows.append(torch.tensor(row + text))
+            targets.append(torch.tensor([IGNORE] * len(row) + text))
+        side = "left" if texts is None else "right"
+        pad_to = nn.utils.rnn.pad_sequence
+        return pad_to(rows, True, pad, side), pad_to(targets, True, IGNORE, side)
+
+    def project(self, batch):
+        """LLM-wide tokens of each modality: features {kind: (B, tokens, D)}, counts {kind: (B,) on the CPU}, routing."""
+        features, masks, counts = {}, {}, {}
+        for kind in self.kinds:
+            pool = self.pools[kind]
+            x, lengths = (self.encode_audio if kind == "audio" else self.encode_video)(batch)
+            counts[kind] = lengths // pool  # the remainder is dropped
+            if (counts[kind] < 1).any():
+                short = [name for name, count in zip(batch["ids"], counts[kind]) if count < 1]
+                raise ValueError(f"{', '.join(short)}: too short for {kind} pooling by {pool}")
+            features[kind] = F.avg_pool1d(x.transpose(1, 2), pool).transpose(1, 2)  # (B, tokens, D_encoder)
+            mask = torch.arange(features[kind].shape[1]) < counts[kind][:, None]
+            masks[kind] = mask.to(x.device)
+        features, routing = self.projector(features, masks)
+        return features, counts, routing
+
+    def encode_audio(self, batch):
+        """Whisper's frames (B, frames, D_audio), 50 a second, and their number a clip (B,)."""
+        audio, samples = batch["audio"], batch["audio_lengths"]
+        if samples.max() > WHISPER_SECONDS * SAMPLE_RATE:
+            raise ValueError(f"{batch['ids'][int(samples.argmax())]}: longer than Whisper's {WHISPER_SECONDS} s")
+        frames = whisper_frames(samples)
+        most = int(frames.max())
+        window = WHISPER_SECONDS * SAMPLE_RATE
+        if self.audio_window == "clip":  # one frame more: the last frames of a spectrogram reflect its edge
+            window = min((most + 1) * SAMPLES_PER_WHISPER_FRAME, window)
+        device = self.audio_encoder.conv1.weight.device
+        # Waveforms stay in float32 until here, also under autocast: bf16 has 8 bits.
+        clips = [clip[:length].cpu().numpy() for clip, length in zip(audio, samples)]
+        mel = self.log_mel(
+            clips,
+            sampling_rate=SAMPLE_RATE,
+            padding="max_length",
+            max_length=window,
+            return_tensors="pt",
+            device=str(device),
+        ).input_features.to(device)  # (B, mels, 2 * window frames)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained(self.audio_encoder)):
+            if self.audio_window == "30s":
+                return self.audio_encoder(mel).last_hidden_state[:, :most], frames
+            mask = (torch.arange(most) < frames[:, None]).to(device)
+            return whisper_on_clip(self.audio_encoder, mel[..., : MEL_PER_FRAME * most], mask), frames
+
+    def encode_video(self, batch):
+        """AV-HuBERT's frames (B, T, D_video), 25 a second, and their number a clip (B,)."""
+        lengths = batch["video_lengths"] // self.pools["video"] * self.pools["video"]  # the encoder sees whole pools
+        video = batch["video"][:, :, : max(int(lengths.max()), 1)].to(self.video_encoder.proj.weight.device)
+        padding = (torch.arange(video.shape[2]) >= lengths[:, None]).to(video.device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained(self.video_encoder)):
+            return self.video_encoder(video, padding), lengths
+
+    def train(self, mode=True):
+        """Like nn.Module.train, but frozen parts stay in eval mode: no dropout, no new BatchNorm statistics."""
+        super().train(mode)
+        for part in self.children():
+            part.train(mode and is_trained(part))
+        return self
+
+    # --- files ---------------------------------------------------------------------------------------------------
+
+    def trained_state(self):
+        """{name: tensor} of all that training changes, or that was drawn at random: what a run has to keep."""
+        state = {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+        if "video" in self.kinds and is_trained(self.video_encoder):
+            state |= {f"video_encoder.{name}": b for name, b in self.video_encoder.named_buffers()}  # BatchNorm's
+        if not isinstance(self.config["llm"], dict):  # the rows of the new tokens, in a vocabulary that is frozen
+            new = self.tokenizer.convert_tokens_to_ids(["<pad>", *MARKERS])
+            state["new_tokens.input"] = self.llm.get_input_embeddings().weight[new].detach()
+            state["new_tokens.output"] = self.llm.get_output_embeddings().weight[new].detach()
+        return state
+
+    @torch.no_grad()
+    def load_trained_state(self, state):
+        """Take over a `trained_state`; a ValueError names what is missing, left over or of another shape."""
+        own = self.trained_state()
+        for name, here, there in ((n, own.get(n), state.get(n)) for n in own.keys() | state.keys()):
+            if here is None or there is None or here.shape != there.shape:
+                shapes = [None if x is None else tuple(x.shape) for x in (here, there)]
+                raise ValueError(f"{name}: the model has {shapes[0]}, the file {shapes[1]}")
+        for name, value in state.items():
+            if name.startswith("new_tokens."):
+                new = self.tokenizer.convert_tokens_to_ids(["<pad>", *MARKERS])
+                end = getattr(self.llm, f"get_{name.partition('.')[2]}_embeddings")()
+                end.weight[new] = value.to(end.weight)
+            else:
+                own[name].copy_(value)
+
+    def save(self, folder):
+        """Write config.json, model.safetensors (only what was trained) and the tokenizer to a folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = dict(self.config)
+        for part in ("llm", "audio_encoder", "video_encoder"):  # a path must be valid from anywhere, a hub name stays
+            if isinstance(config[part], (str, Path)) and os.path.exists(config[part]):
+                config[part] = os.path.abspath(config[part])
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        self.tokenizer.save_pretrained(folder)
+        state = {name: tensor.contiguous() for name, tensor in self.trained_state().items()}
+        save_file(state, folder / "model.safetensors.partial")
+        os.replace(folder / "model.safetensors.partial", folder / "model.safetensors")
+
+    @classmethod
+    def load(cls, folder, **changes):
+        """The model of a folder written by `save`. `changes` replace entries of its config: a moved encoder, say."""
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder}: no config.json; expected a folder written by LlamaSMoP.save")
+        config = json.loads((folder / "config.json").read_text())
+        model = cls(**config | changes, tokenizer=AutoTokenizer.from_pretrained(folder))
+        try:
+            model.load_trained_state(load_file(folder / "model.safetensors"))
+        except ValueError as error:
+            raise ValueError(f"{folder / 'model.safetensors'}: {error}") from None
+        return model.eval()
+
+
+# --- parts -------------------------------------------------------------------------------------------------------
+
+
+def is_trained(module):
+    """Whether any of a module's parameters is trained; all others are frozen."""
+    return any(p.requires_grad for p in module.parameters())
+
+
+def whisper_frames(samples):
+    """Encoder frames kept of clips with `samples` (B,) 16 kHz samples: 50 a second, at least 25, at most 1500.
+
+    In integers and a clip: the published code takes the longest clip of the batch, in the default dtype.
+    """
+    return (samples * WHISPER_RATE // SAMPLE_RATE).clamp(25, WHISPER_SECONDS * WHISPER_RATE)
+
+
+def whisper_on_clip(encoder, mel, mask):
+    """A Whisper encoder on fewer than 30 s: mel (B, mels, 2F), mask (B, F) bool, True = real -> (B, F, D).
+
+    As WhisperEncoder.forward, with its first F positions, and with padding hidden from the convolutions and as
+    attention keys, so that a clip's features do not depend on its batch.
+    """
+    x = F.gelu(encoder.conv1(mel * mask.repeat_interleave(MEL_PER_FRAME, 1).unsqueeze(1)))  # (B, D, 2F)
+    x = F.gelu(encoder.conv2(x * mask.repeat_interleave(MEL_PER_FRAME, 1).unsqueeze(1)))  # (B, D, F)
+    x = x.transpose(1, 2) + encoder.embed_positions.weight[: mask.shape[1]]  # (B, F, D)
+    x = F.dropout(x, encoder.dropout, encoder.training)
+    for layer in encoder.layers:
+        x = layer(x, mask[:, None, None, :])
+    return encoder.layer_norm(x)
+
+
+def load_whisper(source):
+    """(WhisperEncoder, its log-mel extractor): frozen from a hub name or folder, random from a dict of WhisperConfig."""
+    if isinstance(source, dict):
+        config = WhisperConfig(**source, attn_implementation="sdpa")
+        return WhisperEncoder(config), WhisperFeatureExtractor(feature_size=config.num_mel_bins)
+    config = WhisperConfig.from_pretrained(source)
+    # Of a folder with the encoder alone, WhisperModel would find no weight under its names and stay random.
+    alone = config.architectures == ["WhisperEncoder"]
+    model, report = (WhisperEncoder if alone else WhisperModel).from_pretrained(
+        source, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+    )
+    missing = [name for name in report["missing_keys"] if alone or name.startswith("encoder.")]
+    if missing:
+        raise ValueError(f"{source}: not a Whisper encoder, it lacks {missing[0]} and {len(missing) - 1} more")
+    encoder = model if alone else model.get_encoder()
+    return encoder.requires_grad_(False).eval(), WhisperFeatureExtractor.from_pretrained(source)
+
+
+def load_video_encoder(source):
+    """AVHubertEncoder: frozen from a fairseq file or from the folder of a run that trained one, random from a dict."""
+    if source is None:
+        raise ValueError("video_encoder: a fairseq AV-HuBERT checkpoint, a run folder or a configuration is needed")
+    if isinstance(source, dict):
+        return AVHubertEncoder(**source)
+    if not os.path.isdir(source):
+        return AVHubertEncoder.from_fairseq(source)
+    config = json.loads((Path(source) / "config.json").read_text())["video_encoder"]
+    if not isinstance(config, dict):
+        return load_video_encoder(config)
+    encoder = AVHubertEncoder(**config)
+    state = load_file(Path(source) / "model.safetensors")
+    prefix = "video_encoder."
+    encoder.load_state_dict({n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)})
+    return encoder.requires_grad_(False).eval()
+
+
+def load_llm(source, tokenizer, lora_rank, lora_scale):
+    """(causal LM, tokenizer) with the tokens <pad>, <audio>, </audio>, <video>, </video> added, in this order.
+
+    From a hub name or folder: frozen, with LoRA on q and v. From a dict of LlamaConfig arguments: random, all trained.
+    """
+    if tokenizer is None:
+        if isinstance(source, dict):
+            raise ValueError("a random LLM needs a tokenizer: see train_tokenizer")
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{source}: its tokenizer has no end-of-sequence token, so no transcript could end")
+    tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": MARKERS})
+    if isinstance(source, dict):
+        llm = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **source, attn_implementation="sdpa"))
+        return llm, tokenizer
+    llm = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
+        llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    llm.requires_grad_(False)
+    rank = llm.config.hidden_size // 32 if lora_rank is None else lora_rank
+    lora = LoraConfig(r=rank, lora_alpha=lora_scale * rank, target_modules=["q_proj", "v_proj"])
+    return inject_adapter_in_model(lora, llm), tokenizer
+
+
+def train_tokenizer(texts, folder, vocab_size=1000):
+    """Train a sentencepiece BPE tokenizer on transcripts, in `folder`, and return it as one of transformers.
+
+    It gets at most `vocab_size` pieces; fewer where the texts have fewer.
+    """
+    import sentencepiece  # only needed to train one
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        minloglevel=2,
+    )
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return AutoTokenizer.from_pretrained(folder)

@@ -1,0 +1,141 @@
+"""The built-in corpus: a talking mouth in numpy, so that the whole program runs anywhere in minutes.
+
+A sentence is 3 to 5 words of a small lexicon, a word is a few phones, and a phone is a target for the vocal tract (what
+is heard) and one for the lips (what is seen). Targets glide into each other (coarticulation); speakers differ in pitch,
+vocal tract length, speed, face and light. As in speech, the two senses complete each other:
+
+* p, b and m look the same, so do f and v, t, d, n and s, k and g: the lips show where a consonant is made;
+* in noise p, t and k sound the same, so do b, d and g, m and n, f and s: what is left to hear is how it is made.
+
+Everything follows from a clip's id, and is made when it is asked for.
+"""
+
+import random
+import zlib
+
+import numpy as np
+
+SAMPLE_RATE, FPS, SIZE = 16_000, 25, 96
+SIZES = {"train": 2000, "valid": 50, "test": 100}
+
+#         lips: height, width, rounding, teeth | first and second formant (Hz), voice, hiss, centre of the hiss (Hz)
+PHONES = {
+    "p": ((0.00, 0.55, 0.0, 0.0), (400, 1000, 0.0, 0.30, 900)),
+    "b": ((0.00, 0.55, 0.0, 0.0), (300, 900, 0.35, 0.10, 700)),
+    "m": ((0.00, 0.55, 0.0, 0.0), (250, 1100, 0.60, 0.0, 900)),
+    "f": ((0.10, 0.65, 0.0, 1.0), (400, 1200, 0.0, 0.35, 5000)),
+    "v": ((0.10, 0.65, 0.0, 1.0), (300, 1200, 0.35, 0.20, 4500)),
+    "t": ((0.25, 0.60, 0.0, 0.6), (400, 1800, 0.0, 0.35, 3500)),
+    "d": ((0.25, 0.60, 0.0, 0.6), (300, 1800, 0.35, 0.12, 3200)),
+    "n": ((0.25, 0.60, 0.0, 0.6), (250, 1700, 0.60, 0.0, 1500)),
+    "s": ((0.25, 0.60, 0.0, 0.6), (400, 1700, 0.0, 0.45, 6000)),
+    "k": ((0.45, 0.50, 0.2, 0.0), (400, 2200, 0.0, 0.30, 2000)),
+    "g": ((0.45, 0.50, 0.2, 0.0), (300, 2100, 0.35, 0.12, 1900)),
+    "a": ((1.00, 0.70, 0.0, 0.2), (750, 1250, 1.0, 0.0, 1000)),
+    "e": ((0.65, 0.80, 0.0, 0.3), (550, 1800, 1.0, 0.0, 1000)),
+    "i": ((0.35, 1.00, 0.0, 0.5), (300, 2300, 1.0, 0.0, 1000)),
+    "o": ((0.70, 0.30, 0.8, 0.0), (500, 900, 1.0, 0.0, 1000)),
+    "u": ((0.30, 0.15, 1.0, 0.0), (320, 700, 1.0, 0.0, 1000)),
+    "_": ((0.05, 0.55, 0.0, 0.0), (500, 1500, 0.0, 0.0, 1000)),  # silence
+}
+LEXICON = {
+    "bat": "bat", "boat": "bot", "bee": "bi", "boo": "bu", "pat": "pat", "pea": "pi", "pen": "pen", "mat": "mat",
+    "me": "mi", "men": "men", "moo": "mu", "fat": "fat", "fed": "fed", "vet": "vet", "vote": "vot", "tea": "ti",
+    "ten": "ten", "two": "tu", "dead": "ded", "knee": "ni", "note": "not", "new": "nu", "sat": "sat", "said": "sed",
+    "see": "si", "sue": "su", "cat": "kat", "coat": "kot", "key": "ki", "goat": "got", "get": "get", "goo": "gu",
+}  # fmt: skip
+VOWELS = "aeiou"
+
+
+def corpus(split):
+    """[(id, frames, text)] of the split "train", "valid" or "test"; no test or valid sentence is in train."""
+    if split not in SIZES:
+        raise ValueError(f"the synthetic corpus has the splits {', '.join(SIZES)}, not {split!r}")
+    clips = []
+    for i in range(SIZES[split]):
+        name = f"{split}-{i:04d}"
+        words, phones = _script(name)
+        clips.append((name, sum(length for _, length in phones), " ".join(words)))
+    return clips
+
+
+def render(name, kind):
+    """The clip's "audio" (S,) float32 at 16 kHz, or its "video" (T, 96, 96) uint8 at 25 frames a second."""
+    _, phones = _script(name)
+    rng = np.random.default_rng(zlib.crc32(f"{name} {kind}".encode()))
+    return (_speak if kind == "audio" else _draw)(phones, rng)
+
+
+def _script(name):
+    """(words, [(phone, frames)]) of a clip."""
+    split = name.partition("-")[0]
+    rng = random.Random(name)
+    while True:  # each sentence belongs to one split, told by a checksum of its words: one in eight is not in train
+        words = rng.choices(list(LEXICON), k=rng.randint(3, 5))
+        held_out = zlib.crc32(" ".join(words).encode()) % 8
+        if (split == "test", split == "valid") == (held_out == 0, held_out == 1):
+            break
+    phones = [("_", rng.randint(2, 4))]
+    for word in words:
+        phones += [(phone, rng.randint(4, 6) if phone in VOWELS else rng.randint(2, 3)) for phone in LEXICON[word]]
+        phones.append(("_", rng.randint(1, 2)))
+    return words, phones
+
+
+def _targets(phones, column, rate):
+    """Targets (rate * seconds, columns) that glide from phone to phone over about 60 ms."""
+    steps = np.concatenate([np.tile(PHONES[p][column], (n * rate // FPS, 1)) for p, n in phones]).astype(np.float32)
+    window = np.hanning(2 * (rate * 6 // 100 // 2) + 3)[1:-1]
+    padded = np.pad(steps, ((len(window) // 2,) * 2, (0, 0)), mode="edge")
+    return np.stack([np.convolve(c, window / window.sum(), "valid") for c in padded.T], axis=1)
+
+
+def _speak(phones, rng):
+    """A source (glottal pulses and noise) through a filter with two formants that changes every 10 ms."""
+    hop, size = 160, 512
+    targets = _targets(phones, 1, SAMPLE_RATE // hop)  # (frames, 5)
+    length = len(targets) * hop
+    pitch = rng.uniform(90, 220) * (1 + 0.08 * np.sin(np.linspace(0, rng.uniform(3, 9), length) + rng.uniform(0, 6)))
+    pulses = np.diff(np.floor(np.cumsum(pitch) / SAMPLE_RATE), prepend=0) * 12
+    noise = rng.standard_normal(length)
+    f1, f2, voice, hiss, centre = (targets * [*[rng.uniform(0.92, 1.08)] * 2, 1, 1, rng.uniform(0.95, 1.05)]).T[..., None]
+    freq = np.fft.rfftfreq(size, 1 / SAMPLE_RATE)
+    formants = sum(gain * np.exp(-0.5 * ((freq - f) / width) ** 2) for f, gain, width in ((f1, 1, 90), (f2, 0.5, 130)))
+    filters = voice * (formants + 0.02), hiss * np.exp(-0.5 * ((freq - centre) / (200 + 0.15 * centre)) ** 2)
+    index = np.arange(len(targets))[:, None] * hop + np.arange(size)
+    spectrum = sum(
+        np.fft.rfft(np.pad(source, (size // 2, size))[index] * np.hanning(size)) * gains
+        for source, gains in zip((pulses, noise), filters)
+    )
+    chunks = np.fft.irfft(spectrum)
+    out = np.zeros(length + 2 * size)
+    np.add.at(out, index, chunks)
+    out = out[size // 2 : size // 2 + length] + 0.002 * rng.standard_normal(length)
+    return (0.1 * out / np.sqrt(np.mean(out**2))).astype(np.float32)
+
+
+def _draw(phones, rng):
+    """Skin, a ring of lips around a dark opening, teeth at its upper edge."""
+    height, width, rounding, teeth = _targets(phones, 0, FPS).T[..., None, None]
+    y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
+    drift = np.cumsum(rng.normal(0, 0.25, (2, len(height), 1, 1)), axis=1)
+    y = (y - SIZE / 2 - rng.uniform(-3, 3) - drift[0]) / rng.uniform(0.9, 1.1)
+    x = (x - SIZE / 2 - rng.uniform(-3, 3) - drift[1]) / rng.uniform(0.9, 1.1)
+    skin, lips, light = rng.uniform(120, 180), rng.uniform(70, 100), rng.uniform(-0.3, 0.3)
+    b = 1.5 + 16 * height  # half axes of the opening, in pixels
+    a = 12 + 16 * width - 4 * rounding
+    thick = 5 + 3 * rounding
+    opening = _inside(x, y, a, b)
+    frames = skin + light * x + (lips - skin) * _inside(x, y, a + thick, b + thick)
+    frames = frames + (25 - frames) * opening
+    frames += (200 - frames) * opening * teeth * _soft(b * 0.3 - 4 - y - b * 0.6)
+    return (frames + rng.normal(0, 4, (SIZE, SIZE))).clip(0, 255).astype(np.uint8)
+
+
+def _inside(x, y, a, b):
+    """1 inside an ellipse with the half axes a and b, 0 outside, with an edge of about two pixels."""
+    return _soft((1 - np.sqrt((x / a) ** 2 + (y / b) ** 2)) * np.minimum(a, b))
+
+
+def _soft(distance):
+    return (0.5 + distance / 2).clip(0, 1)

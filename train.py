@@ -1,0 +1,302 @@
+"""Train Llama-SMoP; a plain PyTorch loop.
+
+    python train.py                                      # minutes on two CPU cores: synthetic corpus, small models
+    python train.py --data MANIFEST_DIR --task avsr --llm meta-llama/Llama-3.2-1B \\
+        --audio-encoder openai/whisper-medium.en --video-encoder large_vox_iter5.pt --out runs/avsr
+    torchrun --nproc_per_node 4 train.py ...             # several GPUs
+    python train.py --resume runs/avsr                   # continue a run that was interrupted
+
+The folder --out receives args.json, the model (config.json, model.safetensors, tokenizer), checkpoint.pt to resume
+from, metrics.jsonl, and the files of eval.py, which ends the training.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data import TASKS, ClipDataset, FrameBatches, collate, load_corpus
+from eval import evaluate, load_noise, parse_snr, report
+from model import LlamaSMoP, train_tokenizer
+
+SMALL_LLM = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.05,
+}
+SMALL_WHISPER = {"d_model": 128, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 256}
+SMALL_AVHUBERT = {
+    "dim": 128,
+    "layers": 2,
+    "heads": 4,
+    "ffn_dim": 256,
+    "stem_width": 8,
+    "stem_stride": 4,
+    "trunk_widths": [8, 16, 32, 64],
+}
+
+
+def arg(default, help):
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Args:
+    data: str = arg("synthetic", '"synthetic" or a folder with the manifests train.csv, valid.csv and test.csv')
+    out: str = arg("runs/default", "run folder to write")
+    task: str = arg("avsr", "asr, vsr or avsr")
+    # model
+    projector: str = arg("dedr", "mlp, jejr, jedr or dedr")
+    num_experts: int = arg(4, "experts in each mixture")
+    top_k: int = arg(2, "experts a token passes through")
+    dim_hidden: int | None = arg(None, "width inside an expert (default: the LLM's)")
+    llm: str = arg(json.dumps(SMALL_LLM), "hub name or folder of a Llama (LoRA), or JSON of LlamaConfig (from scratch)")
+    audio_encoder: str = arg(json.dumps(SMALL_WHISPER), "hub name or folder (frozen), or JSON of WhisperConfig")
+    video_encoder: str = arg(
+        json.dumps(SMALL_AVHUBERT), "AV-HuBERT file or run folder (frozen), or JSON of AVHubertEncoder's arguments"
+    )
+    audio_pool: int = arg(4, "audio frames averaged into a token")
+    video_pool: int = arg(2, "video frames averaged into a token")
+    audio_window: str | None = arg(None, "what Whisper sees: 30s or clip (default: 30s if pretrained, else clip)")
+    lora_rank: int | None = arg(None, "rank of LoRA (default: a 32nd of the LLM's width)")
+    lora_scale: float = arg(0.125, "factor of LoRA's update")
+    prompt: str | None = arg(None, "text before the transcript (default: the published one, none for a random LLM)")
+    load_balancing_weight: float = arg(0.01, "of the load-balancing loss")
+    router_z_weight: float = arg(0.001, "of the router z-loss")
+    # optimisation
+    epochs: int = arg(10, "passes over the train split")
+    lr: float | None = arg(None, "peak learning rate (default: 1e-3, 5e-4 for vsr)")
+    warmup: float = arg(0.05, "share of the steps with a rising learning rate; a cosine follows")
+    weight_decay: float = arg(0.1, "of AdamW")
+    clip_grad: float = arg(1.0, "largest norm of the gradient")
+    max_frames: int = arg(1500, "video frames in a batch a process, padding included")
+    accumulate: int = arg(1, "batches a step")
+    noise: str | None = arg(None, "audio file of noise (default: babble made of the train split)")
+    seed: int = arg(0, "of the weights, the order and the augmentation")
+    # running
+    workers: int = arg(2, "processes that load data")
+    save_every: int = arg(0, "steps between checkpoints within an epoch (0: after epochs only)")
+    average: int = arg(1, "epochs at the end whose weights are averaged for evaluation")
+    eval_snr: str = arg("clean 5 0 -5", "SNRs (dB) of the final evaluation; a task without audio knows only clean")
+    num_beams: int = arg(1, "of the final evaluation")
+    device: str = arg("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
+
+
+def parse_args(argv=None):
+    """(Args, whether to resume) from the command line; --resume takes every argument from its run folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--resume", metavar="RUN", help="continue this run, with its arguments")
+    for field in dataclasses.fields(Args):
+        kind = {"int | None": int, "float | None": float, "str | None": str}.get(str(field.type), field.type)
+        text = field.metadata["help"] + ("" if field.default is None else f" (default: {field.default})")
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=text.replace("%", "%%")
+        )
+    given = vars(parser.parse_args(argv))
+    run = given.pop("resume", None)
+    if run is None:
+        return Args(**given), False
+    if given:
+        parser.error(f"--resume takes every argument from {run}/args.json; drop --{', --'.join(given)}")
+    if not (Path(run) / "checkpoint.pt").is_file():
+        parser.error(f"{run}: no checkpoint.pt to resume from")
+    return Args(**json.loads((Path(run) / "args.json").read_text()) | {"out": run}), True
+
+
+def build_model(args, texts):
+    """LlamaSMoP as the arguments say; a random LLM gets a tokenizer trained on `texts`."""
+    parts = [json.loads(s) if s.startswith("{") else s for s in (args.llm, args.audio_encoder, args.video_encoder)]
+    window = args.audio_window or ("clip" if isinstance(parts[1], dict) else "30s")
+    return LlamaSMoP(
+        args.task,
+        *parts,
+        tokenizer=train_tokenizer(texts, args.out) if isinstance(parts[0], dict) else None,
+        projector=args.projector.upper(),
+        audio_window=window,
+        **{
+            name: getattr(args, name)
+            for name in "num_experts top_k dim_hidden audio_pool video_pool lora_rank lora_scale prompt "
+            "load_balancing_weight router_z_weight".split()
+        },
+    )
+
+
+def learning_rate(step, steps, warmup):
+    """Factor of the peak rate: linear warm-up over the share `warmup` of the steps, then a cosine to 0."""
+    rise = max(round(warmup * steps), 1)
+    return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
+
+
+def write_atomically(path, write):
+    """write(partial path), then rename: whoever reads `path` finds a whole file, whenever the run is killed."""
+    partial = Path(f"{path}.partial")
+    write(partial)
+    os.replace(partial, path)
+
+
+def main():
+    args, resume = parse_args()
+    out = Path(args.out)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(args.device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        device = torch.device(device.type, int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
+    torch.manual_seed(args.seed)
+
+    clips, load = load_corpus(args.data, "train")
+    valid, _ = load_corpus(args.data, "valid")
+    out.mkdir(parents=True, exist_ok=True)
+    if not resume and rank == 0:
+        (out / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+        (out / "metrics.jsonl").unlink(missing_ok=True)
+    hears = "audio" in TASKS[args.task]
+    noise = load_noise(args.noise, clips, load) if hears else None
+
+    model = build_model(args, [clip.text for clip in clips]).to(device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=args.lr if args.lr is not None else 5e-4 if args.task == "vsr" else 1e-3,
+        betas=(0.9, 0.98),
+        weight_decay=args.weight_decay,
+    )
+    dataset = ClipDataset(clips, load, args.task, train=True, noise=noise, seed=args.seed)
+    batches = FrameBatches([c.frames for c in clips], args.max_frames, seed=args.seed, rank=rank, world=world)
+    loader = DataLoader(
+        dataset, batch_sampler=batches, collate_fn=collate, num_workers=args.workers, generator=torch.Generator()
+    )
+
+    # Where training stands. Everything that the rest of the run depends on goes into checkpoint.pt with it.
+    epoch, done, step = 0, 0, 0  # done: batches of this epoch
+    if resume:
+        checkpoint = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+        model.load_trained_state(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        epoch, done, step = checkpoint["epoch"], checkpoint["done"], checkpoint["step"]
+        torch.set_rng_state(checkpoint["rng"])
+        if rank == 0:  # forget what was logged after the checkpoint: it will be logged again
+            lines = (out / "metrics.jsonl").read_text().splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            (out / "metrics.jsonl").write_text("".join(line + "\n" for line in kept))
+
+    def save_checkpoint():
+        state = {"model": model.trained_state(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+        state |= {"epoch": epoch, "done": done, "step": step}
+        write_atomically(out / "checkpoint.pt", lambda path: torch.save(state, path))
+
+    def log(**values):
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, "epoch": epoch} | values) + "\n")
+
+    wrapped = model if world == 1 else DistributedDataParallel(model, device_ids=[device] if device.index is not None else None)
+    batches_in = []
+    for batches.epoch in range(args.epochs):
+        batches_in.append(len(batches))
+    steps = sum(math.ceil(n / args.accumulate) for n in batches_in)
+    if rank == 0:
+        count = sum(p.numel() for p in parameters)
+        total = sum(p.numel() for p in model.parameters())
+        print(f"{len(clips)} clips, {steps} steps; {count / 1e6:.2f} M of {total / 1e6:.2f} M parameters are trained")
+    bar = tqdm(total=steps, initial=step, unit="step", disable=rank > 0)
+    start = time.time()
+    for epoch in range(epoch, args.epochs):
+        dataset.epoch = batches.epoch = epoch
+        batches.skip = done
+        model.train()
+        ready = time.time()
+        for batch in loader:
+            waited = time.time() - ready
+            last = done + 1 == batches_in[epoch]
+            update = (done + 1) % args.accumulate == 0 or last
+            group = args.accumulate if not last else (batches_in[epoch] - 1) % args.accumulate + 1
+            if world > 1:
+                wrapped.require_backward_grad_sync = update
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                losses = wrapped(batch)
+            (losses.total / group).backward()
+            values = {name: value.item() for name, value in losses._asdict().items()}
+            if not math.isfinite(values["total"]):
+                sys.exit(f"loss {values} at step {step}; clips of the batch: {', '.join(batch['ids'])}")
+            done += 1
+            if not update:
+                continue
+            norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad)
+            rate = optimizer.defaults["lr"] * learning_rate(step, steps, args.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            seconds, ready = time.time() - ready, time.time()
+            if rank == 0:
+                values |= {"lr": rate, "grad_norm": norm.item(), "clips_per_s": len(batch["ids"]) * world / seconds}
+                log(**values, waited=waited / seconds)
+                bar.update()
+                bar.set_postfix(
+                    loss=f"{values['total']:.3f}", lm=f"{values['lm']:.3f}", balance=f"{values['load_balancing']:.2f}",
+                    z=f"{values['router_z']:.2f}", clips_s=f"{values['clips_per_s']:.0f}",
+                )  # fmt: skip
+                if args.save_every and step % args.save_every == 0 and not last:
+                    save_checkpoint()
+        done = 0
+        if rank == 0:
+            if args.average > 1 and epoch >= args.epochs - args.average:
+                write_atomically(out / f"epoch-{epoch}.safetensors", lambda path: save_file(model.trained_state(), path))
+            log(valid_lm=valid_loss(model, valid, load, args, device))
+            epoch += 1
+            save_checkpoint()
+    bar.close()
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return
+
+    if args.average > 1:
+        states = [load_file(out / f"epoch-{e}.safetensors") for e in range(max(args.epochs - args.average, 0), args.epochs)]
+        mean = {name: torch.stack([s[name].float() for s in states]).mean(0).to(x.dtype) for name, x in states[0].items()}
+        model.load_trained_state(mean)
+    model.save(out)
+    minutes = (time.time() - start) / 60
+    print(f"trained in {minutes:.1f} minutes; evaluating on the test split")
+    snrs = [parse_snr(snr) for snr in args.eval_snr.split()] if hears else [None]
+    model.eval()
+    test, _ = load_corpus(args.data, "test")
+    results, hypotheses = evaluate(model, test, load, noise, snrs, args.num_beams, workers=args.workers)
+    report({"data": args.data, "split": "test", "seed": args.seed, "minutes": round(minutes, 1)} | results, hypotheses, out)
+
+
+@torch.no_grad()
+def valid_loss(model, clips, load, args, device):
+    """Mean cross entropy of the transcripts of clean clips."""
+    model.eval()
+    loader = DataLoader(
+        ClipDataset(clips, load, args.task),
+        batch_sampler=FrameBatches([clip.frames for clip in clips], args.max_frames, shuffle=False),
+        collate_fn=collate,
+    )
+    total = 0.0
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        for batch in loader:
+            total += model(batch).lm.item() * len(batch["ids"])
+    return total / len(clips)
+
+
+if __name__ == "__main__":
+    main()
