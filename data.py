@@ -20,6 +20,7 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
+from av.video.reformatter import VideoReformatter
 from torch.utils.data import Dataset, Sampler
 
 import synthetic
@@ -126,13 +127,14 @@ def video_frames(path, pixels="gray"):
         if stream.width * stream.height > MAX_PIXELS:
             raise ValueError(f"{path}: {stream.width}x{stream.height} pixels, at most {MAX_PIXELS} are read")
         tick, shown, end = 0, None, 0.0
+        reformatter = VideoReformatter()  # one for all frames: a new one for each would take ten times the decoding
         try:
             for frame in container.decode(stream):
                 start = frame.time - _start(stream)
                 while shown is not None and tick < round(start * FPS):  # the last frame stands until this one
                     yield shown
                     tick += 1
-                shown = frame.to_ndarray(format=pixels)
+                shown = reformatter.reformat(frame, format=pixels).to_ndarray()
                 end = start + float(1 / (stream.average_rate or FPS))
         except av.FFmpegError as error:
             raise ValueError(f"{path}: damaged video after frame {tick} ({error})") from None
@@ -199,8 +201,7 @@ def load_media(clip, kind):
 def transform_video(frames, rng=None):
     """(T, H, W) grey or (T, H, W, 3) RGB uint8 -> (T, 1, 88, 88) float32, normalised for AV-HuBERT.
 
-    The centre is cut out; with `rng` (a random.Random) a random place, flipped half of the time, with spans of
-    up to 0.4 s in every second set to the mean.
+    The centre is cut out; with `rng` (a random.Random) a random place, flipped half of the time.
     """
     height, width = frames.shape[1:3]
     if min(height, width) < CROP:
@@ -212,28 +213,23 @@ def transform_video(frames, rng=None):
     if video.ndim == 4:
         video = video @ torch.tensor(GREY_WEIGHTS)
     video = (video - GREY_MEAN) / GREY_STD
-    if rng is not None:
-        video = video.flip(-1) if rng.random() < 0.5 else video
-        mask_spans(video, FPS, rng)
+    if rng is not None and rng.random() < 0.5:
+        video = video.flip(-1)
     return video.unsqueeze(1)
 
 
-def transform_audio(samples, length=None, rng=None):
-    """(S,) float32 -> (length, 1): cut or padded, then normalised to mean 0 and variance 1 over the whole clip.
-
-    With `rng`, spans of up to 0.4 s in every second are set to 0 before that.
-    """
-    audio = torch.from_numpy(fit_audio(samples, len(samples) if length is None else length)).float().clone()
-    if rng is not None:
-        mask_spans(audio, SAMPLE_RATE, rng)
+def transform_audio(samples, length=None):
+    """(S,) float32 -> (length, 1): cut or padded, then normalised to mean 0 and variance 1 over the whole clip."""
+    audio = torch.from_numpy(fit_audio(samples, len(samples) if length is None else length)).float()
     return F.layer_norm(audio, audio.shape, eps=1e-8).unsqueeze(1)
 
 
 def mask_spans(x, rate, rng, longest=0.4):
-    """Set one span of up to `longest` seconds in every second of x (T, ...) to 0, in place (auto_avsr's recipe)."""
+    """x (T, ...) with one span of up to `longest` seconds in every second set to 0 (auto_avsr's recipe)."""
     for _ in range(math.ceil(len(x) / rate)):
         start = rng.randrange(len(x))
         x[start : start + rng.randint(0, int(longest * rate))] = 0
+    return x
 
 
 def add_noise(samples, noise, snr, rng):
@@ -266,32 +262,35 @@ def make_babble(clips, load, seconds=30, voices=20, seed=0):
 class ClipDataset(Dataset):
     """Clips as dicts: id, text, and for what the task needs audio (S,) and video (1, T, 88, 88), both float32.
 
-    train: random crops, flips, masks and, with `noise`, babble at an SNR from TRAIN_SNRS; set `epoch` for new draws.
-    Otherwise nothing is random but the stretch of `noise` added at `snr` dB (None: clean), drawn from the clip's id.
+    train: random crops and flips and, from epoch `clean_epochs` on, masked spans and `noise` at an SNR of TRAIN_SNRS;
+    set `epoch` for new draws. Otherwise nothing is random but the stretch of `noise` added at `snr` dB (None: clean),
+    drawn from the clip's id.
     """
 
-    def __init__(self, clips, load, task, train=False, noise=None, snr=None, seed=0):
+    def __init__(self, clips, load, task, train=False, noise=None, snr=None, seed=0, clean_epochs=0):
         if snr is not None and noise is None:
             raise ValueError(f"an SNR of {snr} dB needs a noise")
-        self.clips, self.load, self.kinds = clips, load, TASKS[task]
-        self.train, self.noise, self.snr, self.seed, self.epoch = train, noise, snr, seed, 0
+        self.clips, self.load, self.kinds, self.noise, self.snr = clips, load, TASKS[task], noise, snr
+        self.train, self.seed, self.epoch, self.clean_epochs = train, seed, 0, clean_epochs
 
     def __len__(self):
         return len(self.clips)
 
     def __getitem__(self, index):
         clip = self.clips[index]
-        rng = random.Random(f"{self.seed} {self.epoch} {clip.id}")  # a str seeds by its hash value, the same everywhere
-        snr = rng.choice(TRAIN_SNRS) if self.train else self.snr
-        augment = rng if self.train else None
+        rng = random.Random(f"{self.seed} {self.epoch} {clip.id}")
+        hard = self.train and self.epoch >= self.clean_epochs
         item = {"id": clip.id, "text": clip.text}
         if "audio" in self.kinds:
             samples = self.load(clip, "audio")
+            snr = rng.choice(TRAIN_SNRS) if hard else self.snr
             if snr is not None and self.noise is not None:  # 0 dB is an SNR
                 samples = add_noise(samples, self.noise, snr, rng)
-            item["audio"] = transform_audio(samples, rng=augment).squeeze(1)
+            samples = mask_spans(samples, SAMPLE_RATE, rng) if hard else samples
+            item["audio"] = transform_audio(samples).squeeze(1)
         if "video" in self.kinds:
-            item["video"] = transform_video(self.load(clip, "video"), rng=augment).transpose(0, 1)
+            video = transform_video(self.load(clip, "video"), rng if self.train else None)
+            item["video"] = (mask_spans(video, FPS, rng) if hard else video).transpose(0, 1)
         return item
 
 
@@ -338,7 +337,8 @@ class FrameBatches(Sampler):
                 longest = self.frames[i]
             batches[-1].append(i)
         if len(batches[-1]) < self.world:  # every process needs a clip
-            batches[-2] += batches.pop()
+            short = batches.pop()
+            batches[-1] += short
         if self.shuffle:
             rng.shuffle(batches)
         return batches

@@ -193,24 +193,23 @@ class LlamaSMoP(nn.Module):
         """LLM-wide tokens of each modality: features {kind: (B, tokens, D)}, counts {kind: (B,) on the CPU}, routing."""
         features, masks, counts = {}, {}, {}
         for kind in self.kinds:
-            pool = self.pools[kind]
-            x, lengths = (self.encode_audio if kind == "audio" else self.encode_video)(batch)
+            pool, encode = self.pools[kind], {"audio": self.encode_audio, "video": self.encode_video}[kind]
+            lengths = whisper_frames(batch["audio_lengths"]) if kind == "audio" else batch["video_lengths"]
             counts[kind] = lengths // pool  # the remainder is dropped
             if (counts[kind] < 1).any():
                 short = [name for name, count in zip(batch["ids"], counts[kind]) if count < 1]
                 raise ValueError(f"{', '.join(short)}: too short for {kind} pooling by {pool}")
+            x = encode(batch, lengths)  # (B, frames, D_encoder)
             features[kind] = F.avg_pool1d(x.transpose(1, 2), pool).transpose(1, 2)  # (B, tokens, D_encoder)
-            mask = torch.arange(features[kind].shape[1]) < counts[kind][:, None]
-            masks[kind] = mask.to(x.device)
+            masks[kind] = (torch.arange(features[kind].shape[1]) < counts[kind][:, None]).to(x.device)
         features, routing = self.projector(features, masks)
         return features, counts, routing
 
-    def encode_audio(self, batch):
-        """Whisper's frames (B, frames, D_audio), 50 a second, and their number a clip (B,)."""
+    def encode_audio(self, batch, frames):
+        """Whisper's features of `frames` (B,) 20 ms frames a clip: (B, max(frames), D_audio)."""
         audio, samples = batch["audio"], batch["audio_lengths"]
         if samples.max() > WHISPER_SECONDS * SAMPLE_RATE:
             raise ValueError(f"{batch['ids'][int(samples.argmax())]}: longer than Whisper's {WHISPER_SECONDS} s")
-        frames = whisper_frames(samples)
         most = int(frames.max())
         window = WHISPER_SECONDS * SAMPLE_RATE
         if self.audio_window == "clip":  # one frame more: the last frames of a spectrogram reflect its edge
@@ -228,17 +227,17 @@ class LlamaSMoP(nn.Module):
         ).input_features.to(device)  # (B, mels, 2 * window frames)
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained(self.audio_encoder)):
             if self.audio_window == "30s":
-                return self.audio_encoder(mel).last_hidden_state[:, :most], frames
+                return self.audio_encoder(mel).last_hidden_state[:, :most]
             mask = (torch.arange(most) < frames[:, None]).to(device)
-            return whisper_on_clip(self.audio_encoder, mel[..., : MEL_PER_FRAME * most], mask), frames
+            return whisper_on_clip(self.audio_encoder, mel[..., : MEL_PER_FRAME * most], mask)
 
-    def encode_video(self, batch):
-        """AV-HuBERT's frames (B, T, D_video), 25 a second, and their number a clip (B,)."""
-        lengths = batch["video_lengths"] // self.pools["video"] * self.pools["video"]  # the encoder sees whole pools
-        video = batch["video"][:, :, : max(int(lengths.max()), 1)].to(self.video_encoder.proj.weight.device)
-        padding = (torch.arange(video.shape[2]) >= lengths[:, None]).to(video.device)
+    def encode_video(self, batch, frames):
+        """AV-HuBERT's features of `frames` (B,) 40 ms frames a clip, cut to whole pools: (B, max(frames), D_video)."""
+        frames = frames // self.pools["video"] * self.pools["video"]
+        video = batch["video"][:, :, : int(frames.max())].to(self.video_encoder.proj.weight.device)
+        padding = (torch.arange(video.shape[2]) >= frames[:, None]).to(video.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained(self.video_encoder)):
-            return self.video_encoder(video, padding), lengths
+            return self.video_encoder(video, padding)
 
     def train(self, mode=True):
         """Like nn.Module.train, but frozen parts stay in eval mode: no dropout, no new BatchNorm statistics."""

@@ -254,4 +254,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:  # a fault of the input: its sentence, without our call stack
+        sys.exit(f"error: {error}")

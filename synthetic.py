@@ -38,12 +38,14 @@ PHONES = {
     "u": ((0.30, 0.15, 1.0, 0.0), (320, 700, 1.0, 0.0, 1000)),
     "_": ((0.05, 0.55, 0.0, 0.0), (500, 1500, 0.0, 0.0, 1000)),  # silence
 }
-LEXICON = {
-    "bat": "bat", "boat": "bot", "bee": "bi", "boo": "bu", "pat": "pat", "pea": "pi", "pen": "pen", "mat": "mat",
-    "me": "mi", "men": "men", "moo": "mu", "fat": "fat", "fed": "fed", "vet": "vet", "vote": "vot", "tea": "ti",
-    "ten": "ten", "two": "tu", "dead": "ded", "knee": "ni", "note": "not", "new": "nu", "sat": "sat", "said": "sed",
-    "see": "si", "sue": "su", "cat": "kat", "coat": "kot", "key": "ki", "goat": "got", "get": "get", "goo": "gu",
-}  # fmt: skip
+# A matrix of words, as in tests of hearing and in GRID: a sentence takes one word of each row, in this order. The words
+# of a row differ in the first consonant alone.
+MATRIX = [
+    {"bee": "bi", "pea": "pi", "me": "mi", "tea": "ti", "dee": "di", "knee": "ni", "see": "si", "key": "ki"},
+    {"bat": "bat", "pat": "pat", "mat": "mat", "fat": "fat", "vat": "vat", "gnat": "nat", "sat": "sat", "cat": "kat"},
+    {"boat": "bot", "moat": "mot", "vote": "vot", "tote": "tot", "dote": "dot", "note": "not", "coat": "kot", "goat": "got"},
+    {"boo": "bu", "moo": "mu", "two": "tu", "do": "du", "new": "nu", "sue": "su", "coo": "ku", "goo": "gu"},
+]  # fmt: skip
 VOWELS = "aeiou"
 
 
@@ -70,14 +72,14 @@ def _script(name):
     """(words, [(phone, frames)]) of a clip."""
     split = name.partition("-")[0]
     rng = random.Random(name)
-    while True:  # each sentence belongs to one split, told by a checksum of its words: one in eight is not in train
-        words = rng.choices(list(LEXICON), k=rng.randint(3, 5))
+    while True:  # a checksum of its words tells the split of a sentence: one in eight is for test, one for valid
+        words = [rng.choice(list(row)) for row in MATRIX]
         held_out = zlib.crc32(" ".join(words).encode()) % 8
         if (split == "test", split == "valid") == (held_out == 0, held_out == 1):
             break
     phones = [("_", rng.randint(2, 4))]
-    for word in words:
-        phones += [(phone, rng.randint(4, 6) if phone in VOWELS else rng.randint(2, 3)) for phone in LEXICON[word]]
+    for word, row in zip(words, MATRIX):
+        phones += [(phone, rng.randint(4, 6) if phone in VOWELS else rng.randint(2, 3)) for phone in row[word]]
         phones.append(("_", rng.randint(1, 2)))
     return words, phones
 
@@ -92,44 +94,46 @@ def _targets(phones, column, rate):
 
 def _speak(phones, rng):
     """A source (glottal pulses and noise) through a filter with two formants that changes every 10 ms."""
-    hop, size = 160, 512
+    hop, size = 160, 480
     targets = _targets(phones, 1, SAMPLE_RATE // hop)  # (frames, 5)
     length = len(targets) * hop
     pitch = rng.uniform(90, 220) * (1 + 0.08 * np.sin(np.linspace(0, rng.uniform(3, 9), length) + rng.uniform(0, 6)))
-    pulses = np.diff(np.floor(np.cumsum(pitch) / SAMPLE_RATE), prepend=0) * 12
-    noise = rng.standard_normal(length)
+    pulses = np.diff(np.floor(np.cumsum(pitch) / SAMPLE_RATE), prepend=0).astype(np.float32) * 12
+    noise = rng.standard_normal(length, np.float32)
     f1, f2, voice, hiss, centre = (targets * [*[rng.uniform(0.92, 1.08)] * 2, 1, 1, rng.uniform(0.95, 1.05)]).T[..., None]
     freq = np.fft.rfftfreq(size, 1 / SAMPLE_RATE)
     formants = sum(gain * np.exp(-0.5 * ((freq - f) / width) ** 2) for f, gain, width in ((f1, 1, 90), (f2, 0.5, 130)))
     filters = voice * (formants + 0.02), hiss * np.exp(-0.5 * ((freq - centre) / (200 + 0.15 * centre)) ** 2)
     index = np.arange(len(targets))[:, None] * hop + np.arange(size)
     spectrum = sum(
-        np.fft.rfft(np.pad(source, (size // 2, size))[index] * np.hanning(size)) * gains
+        np.fft.rfft(np.pad(source, (hop, hop))[index] * np.hanning(size)) * gains
         for source, gains in zip((pulses, noise), filters)
     )
-    chunks = np.fft.irfft(spectrum)
-    out = np.zeros(length + 2 * size)
-    np.add.at(out, index, chunks)
-    out = out[size // 2 : size // 2 + length] + 0.002 * rng.standard_normal(length)
+    parts = np.fft.irfft(spectrum).reshape(len(targets), size // hop, hop)  # overlap-add: each chunk spans three hops
+    out = sum(np.pad(part, ((i, 2 - i), (0, 0))) for i, part in enumerate(parts.swapaxes(0, 1))).ravel()
+    out = out[hop : hop + length] + 0.002 * rng.standard_normal(length)
     return (0.1 * out / np.sqrt(np.mean(out**2))).astype(np.float32)
 
 
 def _draw(phones, rng):
     """Skin, a ring of lips around a dark opening, teeth at its upper edge."""
-    height, width, rounding, teeth = _targets(phones, 0, FPS).T[..., None, None]
-    y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
-    drift = np.cumsum(rng.normal(0, 0.25, (2, len(height), 1, 1)), axis=1)
-    y = (y - SIZE / 2 - rng.uniform(-3, 3) - drift[0]) / rng.uniform(0.9, 1.1)
-    x = (x - SIZE / 2 - rng.uniform(-3, 3) - drift[1]) / rng.uniform(0.9, 1.1)
-    skin, lips, light = rng.uniform(120, 180), rng.uniform(70, 100), rng.uniform(-0.3, 0.3)
+    height, width, rounding, teeth = _targets(phones, 0, FPS).astype(np.float32).T[..., None, None]
+    scale, tilt = rng.uniform(0.9, 1.1), rng.uniform(-0.3, 0.3)
+    skin, lips = rng.uniform(120, 180), rng.uniform(70, 100)
+    centre = SIZE / 2 + rng.uniform(-3, 3, (2, 1)) + np.cumsum(rng.normal(0, 0.25, (2, len(height))), axis=1)
+    pixels = np.arange(SIZE, dtype=np.float32)
+    y, x = ((pixels - c[:, None]) / np.float32(scale) for c in centre.astype(np.float32))  # (T, 96) each
+    y, x = y[:, :, None], x[:, None, :]
     b = 1.5 + 16 * height  # half axes of the opening, in pixels
     a = 12 + 16 * width - 4 * rounding
     thick = 5 + 3 * rounding
     opening = _inside(x, y, a, b)
-    frames = skin + light * x + (lips - skin) * _inside(x, y, a + thick, b + thick)
-    frames = frames + (25 - frames) * opening
-    frames += (200 - frames) * opening * teeth * _soft(b * 0.3 - 4 - y - b * 0.6)
-    return (frames + rng.normal(0, 4, (SIZE, SIZE))).clip(0, 255).astype(np.uint8)
+    upper = _soft(-4 - 0.3 * b - y)
+    dark = 25 + 175 * teeth * upper
+    frames = skin + tilt * x + (lips - skin) * _inside(x, y, a + thick, b + thick)
+    frames += (dark - frames) * opening
+    frames += rng.normal(0, 4, (SIZE, SIZE)).astype(np.float32)
+    return frames.clip(0, 255).astype(np.uint8)
 
 
 def _inside(x, y, a, b):

@@ -38,9 +38,15 @@ SMALL_LLM = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "initializer_range": 0.05,
+    "initializer_range": 0.08,
 }
-SMALL_WHISPER = {"d_model": 128, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 256}
+SMALL_WHISPER = {
+    "d_model": 128,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 256,
+    "init_std": 0.1,
+}
 SMALL_AVHUBERT = {
     "dim": 128,
     "layers": 2,
@@ -87,6 +93,7 @@ class Args:
     clip_grad: float = arg(1.0, "largest norm of the gradient")
     max_frames: int = arg(1500, "video frames in a batch a process, padding included")
     accumulate: int = arg(1, "batches a step")
+    clean_epochs: int = arg(3, "epochs at the start without noise and masks, which encoders from scratch need")
     noise: str | None = arg(None, "audio file of noise (default: babble made of the train split)")
     seed: int = arg(0, "of the weights, the order and the augmentation")
     # running
@@ -177,7 +184,7 @@ def main():
         betas=(0.9, 0.98),
         weight_decay=args.weight_decay,
     )
-    dataset = ClipDataset(clips, load, args.task, train=True, noise=noise, seed=args.seed)
+    dataset = ClipDataset(clips, load, args.task, train=True, noise=noise, seed=args.seed, clean_epochs=args.clean_epochs)
     batches = FrameBatches([c.frames for c in clips], args.max_frames, seed=args.seed, rank=rank, world=world)
     loader = DataLoader(
         dataset, batch_sampler=batches, collate_fn=collate, num_workers=args.workers, generator=torch.Generator()
@@ -299,4 +306,7 @@ def valid_loss(model, clips, load, args, device):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:  # a fault of the input: its sentence, without our call stack
+        sys.exit(f"error: {error}")
