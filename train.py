@@ -53,8 +53,9 @@ SMALL_AVHUBERT = {
     "heads": 4,
     "ffn_dim": 256,
     "stem_width": 8,
-    "stem_stride": 4,
+    "stem_stride": 8,
     "trunk_widths": [8, 16, 32, 64],
+    "conv_pos": 32,
 }
 
 
