@@ -180,7 +180,7 @@ def main():
         noise = load_noise(args.noise or trained["noise"], *load_corpus(trained["data"], "train"))
     model = LlamaSMoP.load(args.run).to(args.device)
     results, hypotheses = evaluate(model, clips, load, noise, args.snr, args.num_beams, workers=trained["workers"])
-    report({"data": data, "split": args.split} | results, hypotheses, args.run)
+    report({"data": data, "split": args.split, "seed": trained["seed"]} | results, hypotheses, args.run)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,11 @@ Legend: B clips, S samples, T frames, A and V audio and video tokens, L length o
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import sentencepiece
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
@@ -120,6 +122,7 @@ class LlamaSMoP(nn.Module):
         dim = self.llm.config.hidden_size
         if projector == "MLP":
             projector, num_experts, top_k = "DEDR", 1, 1
+            self.config |= {"num_experts": 1, "top_k": 1}
         # With top-1, renormalising would make the weight 1 and cut the router off from the language-model loss.
         self.projector = MultimodalSMoP(
             dims, dim, projector, dim_hidden=dim_hidden, num_experts=num_experts, top_k=top_k, renormalize=top_k > 1
@@ -335,10 +338,18 @@ def whisper_on_clip(encoder, mel, mask):
     return encoder.layer_norm(x)
 
 
+def make_config(cls, settings):
+    """A configuration of transformers, which would take a misspelt setting without a word."""
+    unknown = settings.keys() - cls().to_dict().keys()
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no {', '.join(sorted(unknown))}")
+    return cls(**settings, attn_implementation="sdpa")
+
+
 def load_whisper(source):
     """(WhisperEncoder, its log-mel extractor): frozen from a hub name or folder, random from a dict of WhisperConfig."""
     if isinstance(source, dict):
-        config = WhisperConfig(**source, attn_implementation="sdpa")
+        config = make_config(WhisperConfig, source)
         return WhisperEncoder(config), WhisperFeatureExtractor(feature_size=config.num_mel_bins)
     config = WhisperConfig.from_pretrained(source)
     # Of a folder with the encoder alone, WhisperModel would find no weight under its names and stay random.
@@ -384,8 +395,7 @@ def load_llm(source, tokenizer, lora_rank, lora_scale):
         raise ValueError(f"{source}: its tokenizer has no end-of-sequence token, so no transcript could end")
     tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": MARKERS})
     if isinstance(source, dict):
-        llm = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **source, attn_implementation="sdpa"))
-        return llm, tokenizer
+        return LlamaForCausalLM(make_config(LlamaConfig, source | {"vocab_size": len(tokenizer)})), tokenizer
     llm = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
         llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -395,24 +405,19 @@ def load_llm(source, tokenizer, lora_rank, lora_scale):
     return inject_adapter_in_model(lora, llm), tokenizer
 
 
-def train_tokenizer(texts, folder, vocab_size=1000):
-    """Train a sentencepiece BPE tokenizer on transcripts, in `folder`, and return it as one of transformers.
-
-    It gets at most `vocab_size` pieces; fewer where the texts have fewer.
-    """
-    import sentencepiece  # only needed to train one
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=vocab_size,
-        hard_vocab_limit=False,
-        character_coverage=1.0,
-        minloglevel=2,
-    )
-    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return AutoTokenizer.from_pretrained(folder)
+def train_tokenizer(texts, vocab_size=1000):
+    """A tokenizer of transformers around a sentencepiece BPE model trained on transcripts, with at most `vocab_size`
+    pieces (fewer where the texts have fewer)."""
+    with tempfile.TemporaryDirectory() as folder:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_prefix=f"{folder}/tokenizer",
+            model_type="bpe",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            character_coverage=1.0,
+            minloglevel=2,
+        )
+        settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        Path(folder, "tokenizer_config.json").write_text(json.dumps(settings))
+        return AutoTokenizer.from_pretrained(folder)

@@ -59,10 +59,6 @@ def _dlib():
     return dlib, dlib.get_frontal_face_detector(), dlib.shape_predictor(str(model))
 
 
-def _overlap(a, b):
-    return a.intersect(b).area()
-
-
 def find_landmarks(frames):
     """68 landmarks of one face on every frame: (T, 68, 2) int16 as (x, y), -1 where no face was found.
 
@@ -86,7 +82,7 @@ def find_landmarks(frames):
         if not faces:
             found.append(np.full((68, 2), -1, np.int16))
             continue
-        last = max(faces, key=lambda box: (last is not None and _overlap(box, last), box.area()))
+        last = max(faces, key=lambda box: (box.intersect(last).area() if last else 0, box.area()))
         found.append(np.array([(p.x, p.y) for p in predict(frame, last).parts()], np.int16))
     return np.stack(found) if found else np.zeros((0, 68, 2), np.int16)
 
@@ -222,9 +218,10 @@ def main():
     parser.add_argument("--allow-failures", type=int, default=0, metavar="N", help="exit with 0 if at most N clips fail")
     args = parser.parse_args()
 
+    splits = find_clips(args.raw_dir)
     _dlib()  # complain about a missing package before any work
     failures, tiles = [], []
-    for split, clips in find_clips(args.raw_dir).items():
+    for split, clips in splits.items():
         targets = [(args.out_dir / "clips" / split / f"{name}.mp4") for name, _, _ in clips]
         rows = []
         with ProcessPoolExecutor(args.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:

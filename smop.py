@@ -71,12 +71,12 @@ class SMoP(nn.Module):
         if mask is not None and mask.shape != x.shape[:-1]:
             raise ValueError(f"mask {tuple(mask.shape)} does not fit x {tuple(x.shape)}")
         routing = self.route(x, mask)
-        tokens = x.flatten(0, -2)  # (N, D)
-        experts = routing.experts.flatten(0, -2)  # (N, k)
+        tokens = x.reshape(-1, x.shape[-1])  # (N, D)
+        experts = routing.experts.view(-1, self.top_k)  # (N, k)
         if mask is not None:
-            experts = experts.masked_fill(~mask.flatten()[:, None], len(self.experts))  # one past the last: skipped
-        y = self.mix(tokens, experts, routing.weights.flatten(0, -2))  # (N, O)
-        return y.unflatten(0, x.shape[:-1]), routing
+            experts = experts.masked_fill(~mask.reshape(-1, 1), len(self.experts))  # one past the last: skipped
+        y = self.mix(tokens, experts, routing.weights.view(-1, self.top_k))  # (N, O)
+        return y.view(*x.shape[:-1], self.dim_out), routing
 
     def route(self, x, mask=None):
         """Router: linear, softmax over all experts, top-k. In float32 at least: bf16 ties change which expert wins."""
@@ -99,7 +99,7 @@ class SMoP(nn.Module):
         The (token, expert) pairs are sorted by expert, so that each expert multiplies one contiguous block.
         """
         order = experts.flatten().argsort(stable=True)  # (N*k,)
-        counts = experts.flatten().bincount(minlength=len(self.experts) + 1).tolist()  # the one wait for a GPU
+        counts = F.one_hot(experts.flatten(), len(self.experts) + 1).sum(0).tolist()  # the one wait for a GPU
         blocks = tokens[order // self.top_k].split(counts)
         outputs = [expert(block) for expert, block in zip(self.experts, blocks)]
         outputs.append(outputs[0].new_zeros(counts[-1], self.dim_out))  # padding
@@ -133,10 +133,10 @@ def router_z_loss(logits, mask=None):
 
 def _token_mean(values, mask):
     """Mean of values (..., X) over the tokens where mask (...) is True: (X,)."""
-    values = values.flatten(0, -2)
+    values = values.reshape(-1, values.shape[-1])
     if mask is None:
         return values.sum(0) / max(len(values), 1)
-    mask = mask.flatten()[:, None]
+    mask = mask.reshape(-1, 1)
     return values.masked_fill(~mask, 0).sum(0) / mask.sum().clamp(min=1)
 
 

@@ -402,9 +402,9 @@ def test_audio_frames_equal_published_rule():
     assert torch.equal(whisper_frames(samples), torch.from_numpy(rule["frames_kept_exact"]))
 
 
-def small_model(folder, task="avsr", projector="DEDR", **changes):
+def small_model(task="avsr", projector="DEDR", **changes):
     torch.manual_seed(0)
-    tokenizer = train_tokenizer(["lay blue at a one now", "set red by b two soon"], folder, vocab_size=60)
+    tokenizer = train_tokenizer(["lay blue at a one now", "set red by b two soon"], vocab_size=60)
     settings = {"audio_window": "clip", "prompt": ""} | changes
     model = LlamaSMoP(task, LLM, WHISPER | {"init_std": 0.2}, AVHUBERT, tokenizer, projector=projector, **settings)
     for name, buffer in model.named_buffers():  # random statistics of BatchNorm, so that differences would show
@@ -425,8 +425,8 @@ def small_batch(task="avsr", seconds=(0.8, 1.56, 0.28), texts=("lay blue", "set 
 
 
 @pytest.mark.parametrize("window", ["clip", "30s"])
-def test_batch_equals_its_clips_one_by_one(tmp_path, window):
-    model = small_model(tmp_path, audio_window=window).eval()
+def test_batch_equals_its_clips_one_by_one(window):
+    model = small_model(audio_window=window).eval()
     items = small_batch()
     batch = collate(items)
     features, counts, _ = model.project(batch)
@@ -446,8 +446,8 @@ def test_batch_equals_its_clips_one_by_one(tmp_path, window):
     assert len(set(alone)) > 1
 
 
-def test_padding_does_not_reach_the_losses(tmp_path):
-    model = small_model(tmp_path).eval()
+def test_padding_does_not_reach_the_losses():
+    model = small_model().eval()
     batch = collate(small_batch())
     padded = dict(batch, audio=F.pad(batch["audio"], (0, 6400)), video=F.pad(batch["video"], (0, 0, 0, 0, 0, 10)))
     for a, b in zip(model(batch), model(padded)):
@@ -457,7 +457,7 @@ def test_padding_does_not_reach_the_losses(tmp_path):
 @pytest.mark.parametrize("task", ["asr", "vsr", "avsr"])
 @pytest.mark.parametrize("projector", ["MLP", "JEJR", "JEDR", "DEDR"])
 def test_save_and_load(tmp_path, task, projector):
-    model = small_model(tmp_path / "tokenizer", task, projector)
+    model = small_model(task, projector)
     batch = collate(small_batch(task))
     model(batch).total.backward()  # changes BatchNorm's statistics
     model.eval().save(tmp_path / "run")
@@ -483,7 +483,7 @@ def test_frozen_parts_are_named_not_saved(published, tmp_path):
 
 
 def test_trained_video_encoder_serves_another_run(tmp_path):
-    first = small_model(tmp_path / "tokenizer", "vsr")
+    first = small_model("vsr")
     batch = collate(small_batch("avsr"))
     first(batch)
     first.save(tmp_path / "vsr")
@@ -494,10 +494,10 @@ def test_trained_video_encoder_serves_another_run(tmp_path):
 
 
 def test_clear_errors_of_the_model(tmp_path):
-    model = small_model(tmp_path / "tokenizer", "asr")
+    model = small_model("asr")
     with pytest.raises(ValueError, match="long: longer than Whisper's 30 s"):
         model({"ids": ["long"], "texts": ["lay"], "audio": torch.zeros(1, 480640), "audio_lengths": torch.tensor([480640])})
-    model = small_model(tmp_path / "tokenizer", "vsr")
+    model = small_model("vsr")
     with pytest.raises(ValueError, match="0: too short for video pooling by 2"):
         model(collate(small_batch("vsr", seconds=[0.04], texts=["lay"])))
     with pytest.raises(ValueError, match="asr, vsr, avsr"):
@@ -784,7 +784,7 @@ def test_killed_run_resumes_bit_by_bit(corpus, tmp_path):
     [
         (("train.py", "--data", "nowhere"), "nowhere/train.csv: no such manifest"),
         (("train.py", "--task", "tts"), "asr, vsr, avsr"),
-        (("train.py", "--projecter", "mlp"), "--projecter"),
+        (("train.py", "--epoch", "3"), "--epoch"),
         (("train.py", "--epochs", "many"), "invalid int value"),
         (("train.py", "--top-k", "5"), "top_k must be between 1 and num_experts=4"),
         (("train.py", "--resume", "nowhere"), "no checkpoint.pt"),

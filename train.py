@@ -87,12 +87,12 @@ class Args:
     load_balancing_weight: float = arg(0.01, "of the load-balancing loss")
     router_z_weight: float = arg(0.001, "of the router z-loss")
     # optimisation
-    epochs: int = arg(10, "passes over the train split")
-    lr: float | None = arg(None, "peak learning rate (default: 1e-3, 5e-4 for vsr)")
+    epochs: int = arg(5, "passes over the train split (published: 10)")
+    lr: float | None = arg(None, "peak learning rate (default: 3e-4 for a random LLM, 1e-3 for LoRA, and then 5e-4 for vsr)")
     warmup: float = arg(0.05, "share of the steps with a rising learning rate; a cosine follows")
     weight_decay: float = arg(0.1, "of AdamW")
     clip_grad: float = arg(1.0, "largest norm of the gradient")
-    max_frames: int = arg(1500, "video frames in a batch a process, padding included")
+    max_frames: int = arg(400, "video frames in a batch a process, padding included")
     accumulate: int = arg(1, "batches a step")
     clean_epochs: int = arg(3, "epochs at the start without noise and masks, which encoders from scratch need")
     noise: str | None = arg(None, "audio file of noise (default: babble made of the train split)")
@@ -108,7 +108,9 @@ class Args:
 
 def parse_args(argv=None):
     """(Args, whether to resume) from the command line; --resume takes every argument from its run folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--resume", metavar="RUN", help="continue this run, with its arguments")
     for field in dataclasses.fields(Args):
         kind = {"int | None": int, "float | None": float, "str | None": str}.get(str(field.type), field.type)
@@ -134,7 +136,7 @@ def build_model(args, texts):
     return LlamaSMoP(
         args.task,
         *parts,
-        tokenizer=train_tokenizer(texts, args.out) if isinstance(parts[0], dict) else None,
+        tokenizer=train_tokenizer(texts) if isinstance(parts[0], dict) else None,
         projector=args.projector.upper(),
         audio_window=window,
         **{
@@ -143,6 +145,13 @@ def build_model(args, texts):
             "load_balancing_weight router_z_weight".split()
         },
     )
+
+
+def peak_rate(args):
+    """The published rates are for LoRA; models from scratch stay on a plateau with them."""
+    if args.lr is not None:
+        return args.lr
+    return 3e-4 if args.llm.startswith("{") else 5e-4 if args.task == "vsr" else 1e-3
 
 
 def learning_rate(step, steps, warmup):
@@ -179,13 +188,10 @@ def main():
 
     model = build_model(args, [clip.text for clip in clips]).to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=args.lr if args.lr is not None else 5e-4 if args.task == "vsr" else 1e-3,
-        betas=(0.9, 0.98),
-        weight_decay=args.weight_decay,
+    optimizer = torch.optim.AdamW(parameters, peak_rate(args), betas=(0.9, 0.98), weight_decay=args.weight_decay)
+    dataset = ClipDataset(
+        clips, load, args.task, train=True, noise=noise, seed=args.seed, clean_epochs=args.clean_epochs
     )
-    dataset = ClipDataset(clips, load, args.task, train=True, noise=noise, seed=args.seed, clean_epochs=args.clean_epochs)
     batches = FrameBatches([c.frames for c in clips], args.max_frames, seed=args.seed, rank=rank, world=world)
     loader = DataLoader(
         dataset, batch_sampler=batches, collate_fn=collate, num_workers=args.workers, generator=torch.Generator()
@@ -200,9 +206,9 @@ def main():
         epoch, done, step = checkpoint["epoch"], checkpoint["done"], checkpoint["step"]
         torch.set_rng_state(checkpoint["rng"])
         if rank == 0:  # forget what was logged after the checkpoint: it will be logged again
-            lines = (out / "metrics.jsonl").read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            (out / "metrics.jsonl").write_text("".join(line + "\n" for line in kept))
+            lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            (out / "metrics.jsonl").write_text("".join(kept))
 
     def save_checkpoint():
         state = {"model": model.trained_state(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
@@ -213,8 +219,10 @@ def main():
         with open(out / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, "epoch": epoch} | values) + "\n")
 
-    wrapped = model if world == 1 else DistributedDataParallel(model, device_ids=[device] if device.index is not None else None)
-    batches_in = []
+    wrapped = model
+    if world > 1:
+        wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    batches_in = []  # each epoch: its shuffle decides how the clips fill the batches
     for batches.epoch in range(args.epochs):
         batches_in.append(len(batches))
     steps = sum(math.ceil(n / args.accumulate) for n in batches_in)
@@ -233,12 +241,12 @@ def main():
             waited = time.time() - ready
             last = done + 1 == batches_in[epoch]
             update = (done + 1) % args.accumulate == 0 or last
-            group = args.accumulate if not last else (batches_in[epoch] - 1) % args.accumulate + 1
+            in_step = min(args.accumulate, batches_in[epoch] - done // args.accumulate * args.accumulate)
             if world > 1:
                 wrapped.require_backward_grad_sync = update
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 losses = wrapped(batch)
-            (losses.total / group).backward()
+            (losses.total / in_step).backward()
             values = {name: value.item() for name, value in losses._asdict().items()}
             if not math.isfinite(values["total"]):
                 sys.exit(f"loss {values} at step {step}; clips of the batch: {', '.join(batch['ids'])}")
@@ -266,7 +274,8 @@ def main():
         done = 0
         if rank == 0:
             if args.average > 1 and epoch >= args.epochs - args.average:
-                write_atomically(out / f"epoch-{epoch}.safetensors", lambda path: save_file(model.trained_state(), path))
+                state = model.trained_state()
+                write_atomically(out / f"epoch-{epoch}.safetensors", lambda path: save_file(state, path))
             log(valid_lm=valid_loss(model, valid, load, args, device))
             epoch += 1
             save_checkpoint()
@@ -277,8 +286,9 @@ def main():
         return
 
     if args.average > 1:
-        states = [load_file(out / f"epoch-{e}.safetensors") for e in range(max(args.epochs - args.average, 0), args.epochs)]
-        mean = {name: torch.stack([s[name].float() for s in states]).mean(0).to(x.dtype) for name, x in states[0].items()}
+        epochs = range(max(args.epochs - args.average, 0), args.epochs)
+        states = [load_file(out / f"epoch-{epoch}.safetensors") for epoch in epochs]
+        mean = {name: torch.stack([s[name].double() for s in states]).mean(0).to(x) for name, x in states[0].items()}
         model.load_trained_state(mean)
     model.save(out)
     minutes = (time.time() - start) / 60
@@ -287,7 +297,8 @@ def main():
     model.eval()
     test, _ = load_corpus(args.data, "test")
     results, hypotheses = evaluate(model, test, load, noise, snrs, args.num_beams, workers=args.workers)
-    report({"data": args.data, "split": "test", "seed": args.seed, "minutes": round(minutes, 1)} | results, hypotheses, out)
+    about = {"data": args.data, "split": "test", "seed": args.seed, "training_minutes": round(minutes, 1)}
+    report(about | results, hypotheses, out)
 
 
 @torch.no_grad()
