@@ -10,8 +10,6 @@ goes through a Transformer. Agrees with `facebookresearch/av_hubert`, see the te
 Legend: B clips, T frames (25 a second), N real frames of the batch, C channels, D = dim.
 """
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -75,6 +73,8 @@ class AVHubertEncoder(nn.Module):
     dim, layers, heads, ffn_dim: of the Transformer (Base 768, 12, 12, 3072; Large 1024, 24, 16, 4096).
     layer_norm_first: LayerNorm before each block and once at the end, or after each block and once at the start.
     stem_width, stem_stride, trunk_widths: of the ResNet; small ones train on a CPU.
+    conv_pos, conv_pos_groups: kernel and groups of the positional convolution.
+    dropout: of the Transformer's activations and attention, and of its whole layers (LayerDrop).
     Frozen (no parameter requires a gradient) means eval mode, BatchNorm included, whatever `train()` says.
     """
 
@@ -104,6 +104,7 @@ class AVHubertEncoder(nn.Module):
             hidden_dropout=dropout,
             attention_dropout=dropout,
             activation_dropout=dropout,
+            layerdrop=dropout,
             layer_norm_eps=1e-5,
             attn_implementation="sdpa",
         )
@@ -187,19 +188,23 @@ class _Inert(dict):
         pass
 
 
-def load_inert(path, foreign=("fairseq", "omegaconf", "argparse", "numpy", "typing", "enum", "av_hubert", "avhubert")):
+# Packages of the training code whose objects (dictionaries, settings) a checkpoint may hold beside the weights.
+FOREIGN = ("fairseq", "omegaconf", "argparse", "numpy", "typing", "enum", "av_hubert", "avhubert")
+
+
+def load_inert(path):
     """torch.load of somebody else's checkpoint on the CPU, without running anything in it.
 
-    torch's weights-only reader builds tensors and plain containers. Objects of the packages in `foreign` (dictionaries
-    and settings of the training code) become empty stand-ins; a file that names anything else is refused.
+    torch's weights-only reader builds tensors and plain containers. Objects of the packages in FOREIGN become empty
+    stand-ins; a file that names anything else is refused.
     """
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path}: not a PyTorch checkpoint ({error})") from None
-    refused = [name for name in names if name.partition(".")[0] not in foreign]
+    refused = [name for name in names if name.partition(".")[0] not in FOREIGN]
     if refused:
         raise ValueError(f"{path}: refused, since loading it would call {', '.join(refused)}")
     stand_ins = [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in names]
-    with torch.serialization.safe_globals(stand_ins) if stand_ins else contextlib.nullcontext():
+    with torch.serialization.safe_globals(stand_ins):
         return torch.load(path, map_location="cpu", weights_only=True)

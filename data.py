@@ -4,8 +4,8 @@
     dataset = ClipDataset(corpus, load, task="avsr")
     batch = collate([dataset[0], dataset[1]])                 # what LlamaSMoP takes
 
-Every random choice is drawn from (seed, epoch, clip id), never from a global state: a batch does not depend on the
-number of workers or processes, a resumed run sees the same clips, and an evaluation in noise repeats exactly.
+Every random choice is drawn from (seed, epoch, clip id), never from a global state: what happens to a clip does not
+depend on workers or processes, a resumed run sees the same clips, and an evaluation in noise repeats exactly.
 
 Legend: B clips, T video frames (25 a second), S audio samples (16 kHz).
 """
@@ -32,6 +32,7 @@ CROP = 88  # pixels of the 96-pixel mouth region that the video encoder sees
 GREY_MEAN, GREY_STD = 0.421, 0.165  # of AV-HuBERT's training data
 GREY_WEIGHTS = (0.2989, 0.587, 0.114)
 MAX_PIXELS = 4096 * 2304  # a larger picture is refused: one 100-megapixel frame can fill the memory
+MAX_SECONDS = 30  # what Whisper sees
 TRAIN_SNRS = (-5, 0, 5, 10, 15, 20, None)  # dB; None is clean
 TASKS = {"asr": ("audio",), "vsr": ("video",), "avsr": ("audio", "video")}  # what each task hears and sees
 
@@ -51,20 +52,21 @@ def read_manifest(path):
 
     The label files of auto_avsr and Llama-AVSR (no header; dataset,rel_path,frames,text, in `labels/` beside the
     folder `dataset`) are read too; where they hold token ids, the transcript comes from auto_avsr's text folder.
-    Every fault is a ValueError that names the file and the line.
+    A fault is a ValueError that names the file and the line.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such manifest")
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte-order mark
+        reader = csv.reader(file)
         try:
-            rows = [row for row in csv.reader(file) if row]
+            rows = [(reader.line_num, row) for row in reader if row]
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 text ({error})") from None
     header = ["id", "path", "frames", "text"]
-    labels = bool(rows) and rows[0] != header
+    labels = bool(rows) and rows[0][1] != header
     clips = []
-    for line, row in enumerate(rows if labels else rows[1:], start=1 if labels else 2):
+    for line, row in rows if labels else rows[1:]:
         if len(row) != 4 or not row[2].isdigit() or int(row[2]) < 1:
             raise ValueError(
                 f"{path}:{line}: expected {','.join(header)} with a positive number of frames, got {','.join(row)!r}"
@@ -74,13 +76,13 @@ def read_manifest(path):
             root = path.parent if (path.parent / row[0]).is_dir() else path.parent.parent
             name, file = str(Path(row[1]).with_suffix("")), root / row[0] / row[1]
             if text and all(token.isdigit() for token in text.split()):
-                transcript = Path(str(file).replace("_video_", "_text_")).with_suffix(".txt")
+                transcript = (root / row[0] / row[1].replace("_video_", "_text_")).with_suffix(".txt")
                 if not transcript.is_file():
                     raise ValueError(f"{path}:{line}: token ids instead of a transcript, and no {transcript}")
                 text = transcript.read_text(encoding="utf-8").strip()
         if not text:
             raise ValueError(f"{path}:{line}: empty transcript for {file}")
-        if Path(name).is_absolute() or ".." in Path(name).parts or ".." in Path(row[1]).parts:
+        if any(Path(part).is_absolute() or ".." in Path(part).parts for part in (name, row[1])):
             raise ValueError(f"{path}:{line}: {name!r}, {row[1]!r}: neither id nor path may lead out of the folder")
         clips.append(Clip(name, file, frames, text))
     if not clips:
@@ -157,7 +159,8 @@ def load_audio(path):
     Where a `.wav` lies beside the file (auto_avsr's layout), it is read instead.
     """
     wav = Path(path).with_suffix(".wav")
-    container, stream = _open(wav if wav.is_file() else path, "audio")
+    path = wav if wav.is_file() else path
+    container, stream = _open(path, "audio")
     with container:
         resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
         try:
@@ -188,7 +191,11 @@ def fit_audio(samples, length):
 def load_media(clip, kind):
     """"audio" (S,) float32 or "video" (T, H, W) uint8 of a clip on disk, at the length its manifest states."""
     if kind == "audio":
-        return fit_audio(load_audio(clip.path), clip.frames * SAMPLES_PER_FRAME)
+        audio, length = load_audio(clip.path), clip.frames * SAMPLES_PER_FRAME
+        if abs(len(audio) - length) > SAMPLE_RATE // 5:  # codecs pad
+            seconds = [round(samples / SAMPLE_RATE, 2) for samples in (len(audio), length)]
+            raise ValueError(f"{clip.path}: {seconds[0]} s of audio, but its manifest says {seconds[1]} s")
+        return fit_audio(audio, length)
     frames = load_video(clip.path)
     if abs(len(frames) - clip.frames) > 1:  # containers round: one frame more or less is no fault
         raise ValueError(f"{clip.path}: {len(frames)} frames at 25 fps, but its manifest says {clip.frames}")
@@ -225,7 +232,7 @@ def transform_audio(samples, length=None):
 
 
 def mask_spans(x, rate, rng, longest=0.4):
-    """x (T, ...) with one span of up to `longest` seconds in every second set to 0 (auto_avsr's recipe)."""
+    """x (T, ...) with one span of up to `longest` seconds in every second set to 0 (lengths as in auto_avsr)."""
     for _ in range(math.ceil(len(x) / rate)):
         start = rng.randrange(len(x))
         x[start : start + rng.randint(0, int(longest * rate))] = 0
@@ -272,6 +279,9 @@ class ClipDataset(Dataset):
             raise ValueError(f"an SNR of {snr} dB needs a noise")
         self.clips, self.load, self.kinds, self.noise, self.snr = clips, load, TASKS[task], noise, snr
         self.train, self.seed, self.epoch, self.clean_epochs = train, seed, 0, clean_epochs
+        long = [clip.id for clip in clips if clip.frames > MAX_SECONDS * FPS]
+        if long and "audio" in self.kinds:
+            raise ValueError(f"{len(long)} clips are longer than Whisper's {MAX_SECONDS} s: {', '.join(long[:5])}")
 
     def __len__(self):
         return len(self.clips)
@@ -308,7 +318,8 @@ def collate(items):
 
 
 class FrameBatches(Sampler):
-    """Batches of clips of similar length with at most `max_frames` video frames a process, padding included.
+    """Batches of clips of similar length with at most `max_frames` video frames a process, padding included (a longer
+    clip makes a batch of its own, and a last one with too few clips for all processes joins the one before).
 
     Each epoch shuffles the clips within buckets of similar length, and then the batches; both depend on (seed, epoch)
     alone. Under DDP a global batch of `world` times the size is dealt out clip by clip, so that all processes take the
@@ -331,7 +342,7 @@ class FrameBatches(Sampler):
         batches, longest = [[]], 0
         for i in order:
             longest = max(longest, self.frames[i])
-            full = longest * (len(batches[-1]) + 1) > self.max_frames * self.world
+            full = longest * math.ceil((len(batches[-1]) + 1) / self.world) > self.max_frames
             if full and len(batches[-1]) >= self.world:
                 batches.append([])
                 longest = self.frames[i]

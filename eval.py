@@ -4,7 +4,7 @@
     python eval.py RUN --snr clean 5 2.5 0 -2.5 -5 --num-beams 15
     python eval.py RUN --data OTHER_DIR --split valid --noise babble.wav --snr 0
 
-Needs only the run folder. Writes into it `results.json`, `hypotheses.jsonl` (snr, id, reference, hypothesis) and, where
+Needs the run folder, and what it names: the corpus and the frozen encoders. Writes into it (or --out) `results.json`, `hypotheses.jsonl` (snr, id, reference, hypothesis) and, where
 matplotlib is installed, `routing.png` and `wer.png`. Noise is drawn from each clip's id, so a WER repeats exactly.
 """
 
@@ -146,6 +146,7 @@ def draw(results, folder):
 def report(results, hypotheses, folder):
     """Print the WERs and ten hypotheses, and write the run folder's files."""
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     with open(folder / "hypotheses.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in hypotheses)
@@ -167,12 +168,15 @@ def main():
     parser.add_argument("--snr", nargs="+", type=parse_snr, default=[None], help="dB or clean (default: clean)")
     parser.add_argument("--noise", help="audio file (default: that of the training, or babble of its train split)")
     parser.add_argument("--num-beams", type=int, default=1, help="1 is greedy (published: 15)")
+    parser.add_argument("--out", type=Path, help="folder for the results (default: the run folder)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
     if not (args.run / "args.json").is_file():
         sys.exit(f"{args.run}: no args.json; expected a folder written by train.py")
     trained = json.loads((args.run / "args.json").read_text())
+    if trained["task"] == "vsr" and args.snr != [None]:
+        sys.exit(f"{args.run}: a run without audio has no SNR")
     data = args.data or trained["data"]
     clips, load = load_corpus(data, args.split)
     noise = None
@@ -180,7 +184,7 @@ def main():
         noise = load_noise(args.noise or trained["noise"], *load_corpus(trained["data"], "train"))
     model = LlamaSMoP.load(args.run).to(args.device)
     results, hypotheses = evaluate(model, clips, load, noise, args.snr, args.num_beams, workers=trained["workers"])
-    report({"data": data, "split": args.split, "seed": trained["seed"]} | results, hypotheses, args.run)
+    report({"data": data, "split": args.split, "seed": trained["seed"]} | results, hypotheses, args.out or args.run)
 
 
 if __name__ == "__main__":

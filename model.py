@@ -10,7 +10,7 @@ What the LLM reads (Fig. 1 of the paper), one clip; training continues it with t
 
     BOS <audio> A...A </audio> <video> V...V </video> prompt
 
-Legend: B clips, S samples, T frames, A and V audio and video tokens, L length of the LLM's input, D its width.
+Legend: B clips, S samples, T frames, L length of the LLM's input, D width (the LLM's, where nothing else is said).
 """
 
 import json
@@ -38,11 +38,10 @@ from transformers import (
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from avhubert import AVHubertEncoder
-from data import SAMPLE_RATE, TASKS
+from data import MAX_SECONDS, SAMPLE_RATE, TASKS
 from smop import MultimodalSMoP
 
 WHISPER_RATE = 50  # encoder frames a second
-WHISPER_SECONDS = 30  # what Whisper sees, and the longest clip
 MEL_PER_FRAME = 2
 SAMPLES_PER_WHISPER_FRAME = SAMPLE_RATE // WHISPER_RATE  # 320
 PROMPTS = {
@@ -77,6 +76,7 @@ class LlamaSMoP(nn.Module):
     audio_window: "30s" gives Whisper 30 seconds as it was trained; "clip" only the clip (its positions cut), which
         costs a tenth for clips of 3 s. A frozen Whisper then sees inputs unlike its training, hence off by default.
     lora_rank: default a 32nd of the LLM's width; lora_scale multiplies the update (published: 64 of 2048, 0.125).
+    load_balancing_weight, router_z_weight: of the two routing losses in the total.
     prompt: default PROMPTS[task], and none for a random LLM, which has nothing to recall.
     """
 
@@ -104,6 +104,8 @@ class LlamaSMoP(nn.Module):
         self.config = {k: v for k, v in locals().items() if k not in ("self", "tokenizer", "__class__")}
         if task not in TASKS:
             raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+        if projector not in ("MLP", *MultimodalSMoP.CONFIGS):
+            raise ValueError(f"projector must be MLP, {', '.join(MultimodalSMoP.CONFIGS)}, got {projector!r}")
         if audio_window not in ("30s", "clip"):
             raise ValueError(f"audio_window must be 30s or clip, got {audio_window!r}")
         self.kinds = TASKS[task]
@@ -211,23 +213,24 @@ class LlamaSMoP(nn.Module):
     def encode_audio(self, batch, frames):
         """Whisper's features of `frames` (B,) 20 ms frames a clip: (B, max(frames), D_audio)."""
         audio, samples = batch["audio"], batch["audio_lengths"]
-        if samples.max() > WHISPER_SECONDS * SAMPLE_RATE:
-            raise ValueError(f"{batch['ids'][int(samples.argmax())]}: longer than Whisper's {WHISPER_SECONDS} s")
+        if samples.max() > MAX_SECONDS * SAMPLE_RATE:
+            raise ValueError(f"{batch['ids'][int(samples.argmax())]}: longer than Whisper's {MAX_SECONDS} s")
         most = int(frames.max())
-        window = WHISPER_SECONDS * SAMPLE_RATE
+        window = MAX_SECONDS * SAMPLE_RATE
         if self.audio_window == "clip":  # one frame more: the last frames of a spectrogram reflect its edge
             window = min((most + 1) * SAMPLES_PER_WHISPER_FRAME, window)
         device = self.audio_encoder.conv1.weight.device
         # Waveforms stay in float32 until here, also under autocast: bf16 has 8 bits.
         clips = [clip[:length].cpu().numpy() for clip, length in zip(audio, samples)]
-        mel = self.log_mel(
-            clips,
-            sampling_rate=SAMPLE_RATE,
-            padding="max_length",
-            max_length=window,
-            return_tensors="pt",
-            device=str(device),
-        ).input_features.to(device)  # (B, mels, 2 * window frames)
+        with torch.autocast(device.type, enabled=False):
+            mel = self.log_mel(
+                clips,
+                sampling_rate=SAMPLE_RATE,
+                padding="max_length",
+                max_length=window,
+                return_tensors="pt",
+                device=str(device),
+            ).input_features.to(device)  # (B, mels, 2 * window frames)
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained(self.audio_encoder)):
             if self.audio_window == "30s":
                 return self.audio_encoder(mel).last_hidden_state[:, :most]
@@ -320,18 +323,18 @@ def whisper_frames(samples):
 
     In integers and a clip: the published code takes the longest clip of the batch, in the default dtype.
     """
-    return (samples * WHISPER_RATE // SAMPLE_RATE).clamp(25, WHISPER_SECONDS * WHISPER_RATE)
+    return (samples * WHISPER_RATE // SAMPLE_RATE).clamp(25, MAX_SECONDS * WHISPER_RATE)
 
 
 def whisper_on_clip(encoder, mel, mask):
-    """A Whisper encoder on fewer than 30 s: mel (B, mels, 2F), mask (B, F) bool, True = real -> (B, F, D).
+    """A Whisper encoder on fewer than 30 s: mel (B, mels, 2T), mask (B, T) bool, True = real -> (B, T, D).
 
-    As WhisperEncoder.forward, with its first F positions, and with padding hidden from the convolutions and as
+    As WhisperEncoder.forward, with its first T positions, and with padding hidden from the convolutions and as
     attention keys, so that a clip's features do not depend on its batch.
     """
-    x = F.gelu(encoder.conv1(mel * mask.repeat_interleave(MEL_PER_FRAME, 1).unsqueeze(1)))  # (B, D, 2F)
-    x = F.gelu(encoder.conv2(x * mask.repeat_interleave(MEL_PER_FRAME, 1).unsqueeze(1)))  # (B, D, F)
-    x = x.transpose(1, 2) + encoder.embed_positions.weight[: mask.shape[1]]  # (B, F, D)
+    x = F.gelu(encoder.conv1(mel * mask.repeat_interleave(MEL_PER_FRAME, 1).unsqueeze(1)))  # (B, D, 2T)
+    x = F.gelu(encoder.conv2(x * mask.repeat_interleave(MEL_PER_FRAME, 1).unsqueeze(1)))  # (B, D, T)
+    x = x.transpose(1, 2) + encoder.embed_positions.weight[: mask.shape[1]]  # (B, T, D)
     x = F.dropout(x, encoder.dropout, encoder.training)
     for layer in encoder.layers:
         x = layer(x, mask[:, None, None, :])
@@ -369,10 +372,16 @@ def load_video_encoder(source):
     if source is None:
         raise ValueError("video_encoder: a fairseq AV-HuBERT checkpoint, a run folder or a configuration is needed")
     if isinstance(source, dict):
-        return AVHubertEncoder(**source)
+        try:
+            return AVHubertEncoder(**source)
+        except TypeError as error:
+            raise ValueError(f"video_encoder: {error}") from None
     if not os.path.isdir(source):
         return AVHubertEncoder.from_fairseq(source)
-    config = json.loads((Path(source) / "config.json").read_text())["video_encoder"]
+    config = json.loads((Path(source) / "config.json").read_text())
+    if "video" not in TASKS[config["task"]]:
+        raise ValueError(f"{source}: a run of the task {config['task']} has no video encoder")
+    config = config["video_encoder"]
     if not isinstance(config, dict):
         return load_video_encoder(config)
     encoder = AVHubertEncoder(**config)

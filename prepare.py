@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from data import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, fit_audio, load_audio, read_manifest, video_frames
 
-CROP = 96  # side of the mouth region in pixels; the model sees 88 of it
+SIZE = 96  # side of the mouth region in pixels; the model sees 88 of it
 FACE = 256  # side of the aligned face that the region is cut from
 WINDOW = 12  # frames over which landmarks are averaged
 STABLE = [33, 36, 39, 42, 45]  # nose base and eye corners: they hardly move in speech
@@ -114,9 +114,9 @@ def similarity(source, target):
 def cut_mouth(frame, matrix, landmarks):
     """Align one grey `frame` (H, W) with `matrix` and cut the mouth of `landmarks` (68, 2): (96, 96) uint8."""
     mouth = (landmarks @ matrix[:, :2].T + matrix[:, 2])[MOUTH].mean(axis=0)
-    left, top = np.round(np.clip(mouth, CROP // 2, FACE - CROP // 2)).astype(int) - CROP // 2
+    left, top = np.round(np.clip(mouth, SIZE // 2, FACE - SIZE // 2)).astype(int) - SIZE // 2
     # Each pixel of the cut, as a point of the aligned face, taken back to the frame.
-    x, y = np.meshgrid(np.arange(left, left + CROP), np.arange(top, top + CROP))
+    x, y = np.meshgrid(np.arange(left, left + SIZE), np.arange(top, top + SIZE))
     source = (np.stack([x, y], -1) - matrix[:, 2]) @ np.linalg.inv(matrix[:, :2]).T
     height, width = frame.shape
     grid = torch.from_numpy(2 * source / [width - 1, height - 1] - 1).float()  # grid_sample's corners are -1 and 1
@@ -219,6 +219,9 @@ def main():
     args = parser.parse_args()
 
     splits = find_clips(args.raw_dir)
+    if args.out_dir.resolve() == args.raw_dir.resolve():
+        sys.exit(f"{args.out_dir}: OUT_DIR must be another folder, its manifests would replace those of RAW_DIR")
+    args.out_dir.mkdir(parents=True, exist_ok=True)
     _dlib()  # complain about a missing package before any work
     failures, tiles = [], []
     for split, clips in splits.items():

@@ -68,8 +68,8 @@ class SMoP(nn.Module):
         mask (...) bool, True = a real token. Padding is never given to an expert and yields zeros: it changes no
         output of a real token, no loss and no gradient, whatever it holds.
         """
-        if mask is not None and mask.shape != x.shape[:-1]:
-            raise ValueError(f"mask {tuple(mask.shape)} does not fit x {tuple(x.shape)}")
+        if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
+            raise ValueError(f"mask {mask.dtype} {tuple(mask.shape)} for x {tuple(x.shape)}: bool {tuple(x.shape[:-1])} expected")
         routing = self.route(x, mask)
         tokens = x.reshape(-1, x.shape[-1])  # (N, D)
         experts = routing.experts.view(-1, self.top_k)  # (N, k)

@@ -1,8 +1,8 @@
 """The built-in corpus: a talking mouth in numpy, so that the whole program runs anywhere in minutes.
 
-A sentence is 3 to 5 words of a small lexicon, a word is a few phones, and a phone is a target for the vocal tract (what
-is heard) and one for the lips (what is seen). Targets glide into each other (coarticulation); speakers differ in pitch,
-vocal tract length, speed, face and light. As in speech, the two senses complete each other:
+A sentence takes four words from a matrix, a word is a few phones, and a phone is a target for the vocal tract (what is
+heard) and one for the lips (what is seen). Targets glide into each other (coarticulation); clips differ in pitch, vocal
+tract length, durations, face and light. As in speech, the two senses complete each other:
 
 * p, b and m look the same, so do f and v, t, d, n and s, k and g: the lips show where a consonant is made;
 * in noise p, t and k sound the same, so do b, d and g, m and n, f and s: what is left to hear is how it is made.

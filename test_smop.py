@@ -779,6 +779,14 @@ def test_killed_run_resumes_bit_by_bit(corpus, tmp_path):
     assert json.loads((tmp_path / "whole" / "results.json").read_text())["wer"] == results["wer"]
 
 
+def test_two_processes_train_together(corpus, tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29500 + os.getpid() % 1000)
+    run(*torchrun, "train.py", "--data", corpus, *TINY, "--epochs", 2, "--eval-snr", "clean", "--out", tmp_path)
+    steps = [json.loads(line) for line in open(tmp_path / "metrics.jsonl")]
+    assert [m["step"] for m in steps if "total" in m] == list(range(1, 1 + steps[-1]["step"]))
+    assert json.loads((tmp_path / "results.json").read_text())["clips"] == 4
+
+
 @pytest.mark.parametrize(
     "command, message",
     [

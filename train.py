@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from data import TASKS, ClipDataset, FrameBatches, collate, load_corpus
 from eval import evaluate, load_noise, parse_snr, report
-from model import LlamaSMoP, train_tokenizer
+from model import LlamaSMoP, is_trained, train_tokenizer
 
 SMALL_LLM = {
     "hidden_size": 128,
@@ -131,7 +131,13 @@ def parse_args(argv=None):
 
 def build_model(args, texts):
     """LlamaSMoP as the arguments say; a random LLM gets a tokenizer trained on `texts`."""
-    parts = [json.loads(s) if s.startswith("{") else s for s in (args.llm, args.audio_encoder, args.video_encoder)]
+    parts = []
+    for name in ("llm", "audio_encoder", "video_encoder"):
+        source = getattr(args, name)
+        try:
+            parts.append(json.loads(source) if source.startswith("{") else source)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--{name.replace('_', '-')}: not valid JSON: {error}") from None
     window = args.audio_window or ("clip" if isinstance(parts[1], dict) else "30s")
     return LlamaSMoP(
         args.task,
@@ -169,24 +175,32 @@ def write_atomically(path, write):
 
 def main():
     args, resume = parse_args()
+    if args.task not in TASKS:
+        raise ValueError(f"--task must be one of {', '.join(TASKS)}, got {args.task!r}")
     out = Path(args.out)
+    for name in ("data", "noise"):  # what args.json says must hold wherever eval.py is started
+        if getattr(args, name) not in (None, "synthetic"):
+            setattr(args, name, os.path.abspath(getattr(args, name)))
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(args.device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        device = torch.device(device.type, int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
     torch.manual_seed(args.seed)
 
     clips, load = load_corpus(args.data, "train")
     valid, _ = load_corpus(args.data, "valid")
     out.mkdir(parents=True, exist_ok=True)
+    if not resume and (out / "checkpoint.pt").exists():
+        sys.exit(f"error: {out} holds a run; continue it with --resume {out}, or choose another --out, or delete it")
     if not resume and rank == 0:
         (out / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
         (out / "metrics.jsonl").unlink(missing_ok=True)
-    hears = "audio" in TASKS[args.task]
-    noise = load_noise(args.noise, clips, load) if hears else None
-
     model = build_model(args, [clip.text for clip in clips]).to(device)
+    has_audio = "audio" in TASKS[args.task]
+    noise = load_noise(args.noise, clips, load) if has_audio else None
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, peak_rate(args), betas=(0.9, 0.98), weight_decay=args.weight_decay)
     dataset = ClipDataset(
@@ -201,6 +215,8 @@ def main():
     epoch, done, step = 0, 0, 0  # done: batches of this epoch
     if resume:
         checkpoint = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+        if checkpoint["world"] != world:
+            sys.exit(f"error: {out} was trained with {checkpoint['world']} processes; resume it with as many, not {world}")
         model.load_trained_state(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         epoch, done, step = checkpoint["epoch"], checkpoint["done"], checkpoint["step"]
@@ -212,7 +228,7 @@ def main():
 
     def save_checkpoint():
         state = {"model": model.trained_state(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
-        state |= {"epoch": epoch, "done": done, "step": step}
+        state |= {"epoch": epoch, "done": done, "step": step, "world": world}
         write_atomically(out / "checkpoint.pt", lambda path: torch.save(state, path))
 
     def log(**values):
@@ -220,8 +236,9 @@ def main():
             file.write(json.dumps({"step": step, "epoch": epoch} | values) + "\n")
 
     wrapped = model
-    if world > 1:
-        wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    if world > 1:  # without device_ids, which would move the lengths in the batch to the GPU; LayerDrop skips parameters
+        skips = "video" in TASKS[args.task] and is_trained(model.video_encoder)
+        wrapped = DistributedDataParallel(model, find_unused_parameters=skips)
     batches_in = []  # each epoch: its shuffle decides how the clips fill the batches
     for batches.epoch in range(args.epochs):
         batches_in.append(len(batches))
@@ -236,9 +253,11 @@ def main():
         dataset.epoch = batches.epoch = epoch
         batches.skip = done
         model.train()
-        ready = time.time()
+        ready = began = time.time()
+        waited = clips_in = 0
         for batch in loader:
-            waited = time.time() - ready
+            waited += time.time() - ready
+            clips_in += len(batch["ids"]) * world
             last = done + 1 == batches_in[epoch]
             update = (done + 1) % args.accumulate == 0 or last
             in_step = min(args.accumulate, batches_in[epoch] - done // args.accumulate * args.accumulate)
@@ -251,6 +270,7 @@ def main():
             if not math.isfinite(values["total"]):
                 sys.exit(f"loss {values} at step {step}; clips of the batch: {', '.join(batch['ids'])}")
             done += 1
+            ready = time.time()
             if not update:
                 continue
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad)
@@ -260,10 +280,12 @@ def main():
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
-            seconds, ready = time.time() - ready, time.time()
+            seconds = time.time() - began
+            values |= {"lr": rate, "grad_norm": norm.item(), "clips_per_s": clips_in / seconds, "waited": waited / seconds}
+            ready = began = time.time()
+            waited = clips_in = 0
             if rank == 0:
-                values |= {"lr": rate, "grad_norm": norm.item(), "clips_per_s": len(batch["ids"]) * world / seconds}
-                log(**values, waited=waited / seconds)
+                log(**values)
                 bar.update()
                 bar.set_postfix(
                     loss=f"{values['total']:.3f}", lm=f"{values['lm']:.3f}", balance=f"{values['load_balancing']:.2f}",
@@ -293,7 +315,7 @@ def main():
     model.save(out)
     minutes = (time.time() - start) / 60
     print(f"trained in {minutes:.1f} minutes; evaluating on the test split")
-    snrs = [parse_snr(snr) for snr in args.eval_snr.split()] if hears else [None]
+    snrs = [parse_snr(snr) for snr in args.eval_snr.split()] if has_audio else [None]
     model.eval()
     test, _ = load_corpus(args.data, "test")
     results, hypotheses = evaluate(model, test, load, noise, snrs, args.num_beams, workers=args.workers)
@@ -303,7 +325,7 @@ def main():
 
 @torch.no_grad()
 def valid_loss(model, clips, load, args, device):
-    """Mean cross entropy of the transcripts of clean clips."""
+    """Cross entropy of the transcripts of clean clips: a batch's mean over tokens, weighted by its clips."""
     model.eval()
     loader = DataLoader(
         ClipDataset(clips, load, args.task),
