@@ -719,10 +719,12 @@ def test_similarity_and_gaps():
 # --- the commands ------------------------------------------------------------------------------------------------
 
 
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # sums depend on the number of threads
+
+
 def run(*command, ok=True):
     """Run one of our scripts as a user does; returns what it printed."""
-    env = os.environ | {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, env=env, text=True, capture_output=True)
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, env=ENV, text=True, capture_output=True)
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -752,7 +754,7 @@ def test_killed_run_resumes_bit_by_bit(corpus, tmp_path):
     """A run killed in the middle of an epoch and resumed equals an unbroken one; the WER of its folder repeats."""
     common = ("train.py", "--data", corpus, *TINY, "--save-every", 2, "--average", 2, "--epochs", 8, "--eval-snr", "clean 0")
     run(*common, "--out", tmp_path / "whole")
-    process = subprocess.Popen([sys.executable, *map(str, common), "--out", tmp_path / "broken"], cwd=HERE)
+    process = subprocess.Popen([sys.executable, *map(str, common), "--out", tmp_path / "broken"], cwd=HERE, env=ENV)
     metrics = tmp_path / "broken" / "metrics.jsonl"
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 8:
         assert process.poll() is None

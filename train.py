@@ -87,7 +87,7 @@ class Args:
     load_balancing_weight: float = arg(0.01, "of the load-balancing loss")
     router_z_weight: float = arg(0.001, "of the router z-loss")
     # optimisation
-    epochs: int = arg(5, "passes over the train split (published: 10)")
+    epochs: int = arg(4, "passes over the train split (published: 10)")
     lr: float | None = arg(None, "peak learning rate (default: 3e-4 for a random LLM, 1e-3 for LoRA, and then 5e-4 for vsr)")
     warmup: float = arg(0.05, "share of the steps with a rising learning rate; a cosine follows")
     weight_decay: float = arg(0.1, "of AdamW")
