@@ -190,8 +190,9 @@ def main():
             torch.cuda.set_device(device)
     torch.manual_seed(args.seed)
 
-    clips, load = load_corpus(args.data, "train")
-    valid, _ = load_corpus(args.data, "valid")
+    (clips, load), (valid, _), (test, _) = (load_corpus(args.data, split) for split in ("train", "valid", "test"))
+    has_audio = "audio" in TASKS[args.task]
+    snrs = [parse_snr(snr) for snr in args.eval_snr.split()] if has_audio else [None]
     out.mkdir(parents=True, exist_ok=True)
     if not resume and (out / "checkpoint.pt").exists():
         sys.exit(f"error: {out} holds a run; continue it with --resume {out}, or choose another --out, or delete it")
@@ -199,7 +200,6 @@ def main():
         (out / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
         (out / "metrics.jsonl").unlink(missing_ok=True)
     model = build_model(args, [clip.text for clip in clips]).to(device)
-    has_audio = "audio" in TASKS[args.task]
     noise = load_noise(args.noise, clips, load) if has_audio else None
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, peak_rate(args), betas=(0.9, 0.98), weight_decay=args.weight_decay)
@@ -299,7 +299,7 @@ def main():
                 state = model.trained_state()
                 write_atomically(out / f"epoch-{epoch}.safetensors", lambda path: save_file(state, path))
             log(valid_lm=valid_loss(model, valid, load, args, device))
-            epoch += 1
+            epoch += 1  # where a resumed run goes on
             save_checkpoint()
     bar.close()
     if world > 1:
@@ -315,9 +315,7 @@ def main():
     model.save(out)
     minutes = (time.time() - start) / 60
     print(f"trained in {minutes:.1f} minutes; evaluating on the test split")
-    snrs = [parse_snr(snr) for snr in args.eval_snr.split()] if has_audio else [None]
     model.eval()
-    test, _ = load_corpus(args.data, "test")
     results, hypotheses = evaluate(model, test, load, noise, snrs, args.num_beams, workers=args.workers)
     about = {"data": args.data, "split": "test", "seed": args.seed, "training_minutes": round(minutes, 1)}
     report(about | results, hypotheses, out)
