@@ -269,7 +269,8 @@ class LlamaSMoP(nn.Module):
     def load_trained_state(self, state):
         """Take over a `trained_state`; a ValueError names what is missing, left over or of another shape."""
         own = self.trained_state()
-        for name, here, there in ((n, own.get(n), state.get(n)) for n in own.keys() | state.keys()):
+        for name in own | state:
+            here, there = own.get(name), state.get(name)
             if here is None or there is None or here.shape != there.shape:
                 shapes = [None if x is None else tuple(x.shape) for x in (here, there)]
                 raise ValueError(f"{name}: the model has {shapes[0]}, the file {shapes[1]}")
