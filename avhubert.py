@@ -10,6 +10,9 @@ goes through a Transformer. Agrees with `facebookresearch/av_hubert`, see the te
 Legend: B clips, T frames (25 a second), N real frames of the batch, C channels, D = dim.
 """
 
+import os
+import zipfile
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -57,13 +60,15 @@ class LipResNet(nn.Module):
 
     def forward(self, video, mask):
         """mask (B, T) bool, True = a real frame. Only real frames pass, so padding cannot enter BatchNorm's statistics."""
+        real = tuple(i.to(video.device, non_blocking=True) for i in torch.where(mask.cpu()))
+        mask = mask.to(video.device, non_blocking=True)
         x = self.frontend3D[0](video.masked_fill(~mask[:, None, :, None, None], 0))  # (B, C, T, 44, 44)
-        x = x.transpose(1, 2)[mask]  # (N, C, 44, 44)
+        x = x.transpose(1, 2)[real]  # (N, C, 44, 44)
         x = self.frontend3D[1:](x.transpose(0, 1).unsqueeze(0))  # (1, C, N, 22, 22): frames as one long clip
         x = x.squeeze(0).transpose(0, 1).contiguous(memory_format=torch.channels_last)  # for speed
         x = self.trunk(x).mean((2, 3))  # (N, C)
         features = x.new_zeros(*mask.shape, x.shape[-1])
-        features[mask] = x
+        features[real] = x
         return features  # (B, T, C)
 
 
@@ -115,17 +120,19 @@ class AVHubertEncoder(nn.Module):
         self.encoder = (HubertEncoderStableLayerNorm if layer_norm_first else HubertEncoder)(config)
 
     def forward(self, video, padding_mask=None):
-        """video (B, 1, T, 88, 88), normalised; padding_mask (B, T) bool, True = padded. Returns (B, T, dim).
+        """video (B, 1, T, 88, 88), normalised; padding_mask (B, T) bool, True = padded (on the CPU it saves
+        a GPU a wait). Returns (B, T, dim).
 
         With a mask, a clip's features do not depend on what it is batched with. Rows at padded frames mean nothing.
         """
         if video.ndim != 5 or video.shape[1] != 1:
             raise ValueError(f"video must be (B, 1, T, 88, 88), got {tuple(video.shape)}")
-        mask = torch.ones_like(video[:, 0, :, 0, 0], dtype=torch.bool) if padding_mask is None else ~padding_mask
+        mask = torch.ones(video.shape[0], video.shape[2], dtype=torch.bool) if padding_mask is None else ~padding_mask
         x = self.proj(self.resnet(video, mask))  # (B, T, D)
         x = self.layer_norm(F.pad(x, (self.dim, 0)))  # (B, T, 2D): the audio half comes first, and there is none
         x = self.post_extract_proj(x)  # (B, T, D)
-        return self.encoder(x, attention_mask=None if padding_mask is None else mask).last_hidden_state
+        mask = None if padding_mask is None else mask.to(x.device, non_blocking=True)
+        return self.encoder(x, attention_mask=mask).last_hidden_state
 
     def train(self, mode=True):
         return super().train(mode and any(p.requires_grad for p in self.parameters()))
@@ -150,13 +157,13 @@ class AVHubertEncoder(nn.Module):
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: not a pretrained AV-HuBERT checkpoint of fairseq (no {error})") from None
         encoder = cls(**sizes)
-        missing, unexpected = encoder.load_state_dict(_rename(weights), strict=False)
+        missing, unexpected = encoder.load_state_dict(ours_from_fairseq(weights), strict=False)
         if missing or unexpected:
             raise ValueError(f"{path}: missing weights {missing}, unknown weights {unexpected}")
         return encoder.requires_grad_(False).eval()
 
 
-def _rename(weights):
+def ours_from_fairseq(weights):
     """fairseq's names -> ours. Left out: the audio half (its input is 0 here) and the heads of pretraining."""
     unused = ("mask_emb", "label_embs_concat", "feature_extractor_audio.", "final_proj.")
     substitutions = {
@@ -196,8 +203,15 @@ def load_inert(path):
     """torch.load of somebody else's checkpoint on the CPU, without running anything in it.
 
     torch's weights-only reader builds tensors and plain containers. Objects of the packages in FOREIGN become empty
-    stand-ins; a file that names anything else is refused.
+    stand-ins; a file that names anything else is refused, and one that is larger unpacked: torch does not compress.
     """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            unpacked = sum(entry.file_size for entry in file.infolist())
+        if unpacked > os.path.getsize(path):
+            raise ValueError(f"{path}: refused, {unpacked} bytes are packed into {os.path.getsize(path)}")
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (RuntimeError, ValueError) as error:

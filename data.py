@@ -3,6 +3,8 @@
     corpus, load = load_corpus("synthetic", "train")          # or the folder of a manifest train.csv
     dataset = ClipDataset(corpus, load, task="avsr")
     batch = collate([dataset[0], dataset[1]])                 # what LlamaSMoP takes
+    python data.py DIR                                        # reads every clip and lists all faults; --clean leaves
+                                                              # the faulty ones out of the manifests
 
 Every random choice is drawn from (seed, epoch, clip id), never from a global state: what happens to a clip does not
 depend on workers or processes, a resumed run sees the same clips, and an evaluation in noise repeats exactly.
@@ -10,9 +12,13 @@ depend on workers or processes, a resumed run sees the same clips, and an evalua
 Legend: B clips, T video frames (25 a second), S audio samples (16 kHz).
 """
 
+import argparse
 import csv
 import math
+import os
 import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
 from torch.utils.data import Dataset, Sampler
+from tqdm import tqdm
 
 import synthetic
 
@@ -33,11 +40,15 @@ GREY_MEAN, GREY_STD = 0.421, 0.165  # of AV-HuBERT's training data
 GREY_WEIGHTS = (0.2989, 0.587, 0.114)
 MAX_PIXELS = 4096 * 2304  # a larger picture is refused: one 100-megapixel frame can fill the memory
 MAX_SECONDS = 30  # what Whisper sees
+MAX_GAP = 60  # seconds without a frame, or between the starts of sound and picture: more is a damaged timestamp
 TRAIN_SNRS = (-5, 0, 5, 10, 15, 20, None)  # dB; None is clean
 TASKS = {"asr": ("audio",), "vsr": ("video",), "avsr": ("audio", "video")}  # what each task hears and sees
 
 
 # --- manifests ---------------------------------------------------------------------------------------------------
+
+
+HEADER = ["id", "path", "frames", "text"]
 
 
 class Clip(NamedTuple):
@@ -54,6 +65,15 @@ def read_manifest(path):
     folder `dataset`) are read too; where they hold token ids, the transcript comes from auto_avsr's text folder.
     A fault is a ValueError that names the file and the line.
     """
+    clips = [clip for _, clip in manifest_rows(path)]
+    for clip in clips:
+        if isinstance(clip, ValueError):
+            raise clip
+    return clips
+
+
+def manifest_rows(path):
+    """[(row, its Clip or its ValueError)] of a manifest, without its header."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such manifest")
@@ -61,36 +81,47 @@ def read_manifest(path):
         reader = csv.reader(file)
         try:
             rows = [(reader.line_num, row) for row in reader if row]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text ({error})") from None
-    header = ["id", "path", "frames", "text"]
-    labels = bool(rows) and rows[0][1] != header
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path}: not a CSV file in UTF-8 ({error})") from None
+    labels = bool(rows) and rows[0][1] != HEADER
     clips = []
     for line, row in rows if labels else rows[1:]:
-        if len(row) != 4 or not row[2].isdigit() or int(row[2]) < 1:
-            raise ValueError(
-                f"{path}:{line}: expected {','.join(header)} with a positive number of frames, got {','.join(row)!r}"
-            )
-        name, file, frames, text = row[0], path.parent / row[1], int(row[2]), row[3].strip()
-        if labels:
-            root = path.parent if (path.parent / row[0]).is_dir() else path.parent.parent
-            name, file = str(Path(row[1]).with_suffix("")), root / row[0] / row[1]
-            if text and all(token.isdigit() for token in text.split()):
-                transcript = (root / row[0] / row[1].replace("_video_", "_text_")).with_suffix(".txt")
-                if not transcript.is_file():
-                    raise ValueError(f"{path}:{line}: token ids instead of a transcript, and no {transcript}")
-                text = transcript.read_text(encoding="utf-8").strip()
-        if not text:
-            raise ValueError(f"{path}:{line}: empty transcript for {file}")
-        if any(Path(part).is_absolute() or ".." in Path(part).parts for part in (name, row[1])):
-            raise ValueError(f"{path}:{line}: {name!r}, {row[1]!r}: neither id nor path may lead out of the folder")
-        clips.append(Clip(name, file, frames, text))
+        try:
+            clips.append((row, parse_row(path, row, labels)))
+        except ValueError as error:
+            clips.append((row, ValueError(f"{path}:{line}: {error}")))
     if not clips:
-        raise ValueError(f"{path}: no clips in it; expected the header {','.join(header)} and a line a clip")
-    names = [clip.id for clip in clips]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{path}: the id {max(names, key=names.count)!r} stands for several clips")
+        raise ValueError(f"{path}: no clips in it; expected the header {','.join(HEADER)} and a line a clip")
+    names = set()
+    for i, (row, clip) in enumerate(clips):
+        if isinstance(clip, Clip) and clip.id in names:
+            clips[i] = row, ValueError(f"{path}: the id {clip.id!r} stands for several clips")
+        elif isinstance(clip, Clip):
+            names.add(clip.id)
     return clips
+
+
+def parse_row(path, row, labels):
+    """The Clip of one row of the manifest at `path`; labels: it is a label file of auto_avsr."""
+    if len(row) != 4 or not row[2].isdecimal() or not 1 <= len(row[2]) <= 9 or int(row[2]) < 1:
+        raise ValueError(f"expected {','.join(HEADER)} with a positive number of frames, got {','.join(row)[:200]!r}")
+    name, file, frames, text = row[0], path.parent / row[1], int(row[2]), row[3].strip()
+    if labels:
+        root = path.parent if (path.parent / row[0]).is_dir() else path.parent.parent
+        name, file = str(Path(row[1]).with_suffix("")), root / row[0] / row[1]
+        if text and all(token.isdigit() for token in text.split()):
+            transcript = (root / row[0] / row[1].replace("_video_", "_text_")).with_suffix(".txt")
+            if not transcript.is_file():
+                raise ValueError(f"token ids instead of a transcript, and no {transcript}")
+            try:
+                text = transcript.read_text(encoding="utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{transcript}: not UTF-8 text ({error})") from None
+    if not text:
+        raise ValueError(f"empty transcript for {file}")
+    if any(Path(part).is_absolute() or ".." in Path(part).parts for part in (name, row[1])):
+        raise ValueError(f"{name!r}, {row[1]!r}: neither id nor path may lead out of the folder")
+    return Clip(name, file, frames, text)
 
 
 def load_corpus(data, split):
@@ -115,6 +146,9 @@ def _open(path, kind):
     if not streams:
         container.close()
         raise ValueError(f"{path}: no {kind} track")
+    if streams[0].codec_context is None:
+        container.close()
+        raise ValueError(f"{path}: unknown {kind} codec")
     return container, streams[0]
 
 
@@ -123,7 +157,10 @@ def _start(stream):
 
 
 def video_frames(path, pixels="gray"):
-    """Yield the frames of a video, 25 a second whatever its own rate: grey (H, W) uint8, or "rgb24" (H, W, 3)."""
+    """Yield the frames of a video, 25 a second whatever its own rate: grey (H, W) uint8, or "rgb24" (H, W, 3).
+
+    Upright, where the file says how it was held: a phone stores its portraits lying.
+    """
     container, stream = _open(path, "video")
     with container:
         if stream.width * stream.height > MAX_PIXELS:
@@ -132,11 +169,14 @@ def video_frames(path, pixels="gray"):
         reformatter = VideoReformatter()  # one for all frames: a new one for each would take ten times the decoding
         try:
             for frame in container.decode(stream):
+                if frame.is_corrupt or frame.time is None or abs(frame.time - _start(stream) - end) > MAX_GAP:
+                    raise ValueError(f"{path}: damaged video after frame {tick} (its picture or its timestamp)")
                 start = frame.time - _start(stream)
                 while shown is not None and tick < round(start * FPS):  # the last frame stands until this one
                     yield shown
                     tick += 1
                 shown = reformatter.reformat(frame, format=pixels).to_ndarray()
+                shown = np.ascontiguousarray(np.rot90(shown, round(frame.rotation / 90)))
                 end = start + float(1 / (stream.average_rate or FPS))
         except av.FFmpegError as error:
             raise ValueError(f"{path}: damaged video after frame {tick} ({error})") from None
@@ -150,6 +190,8 @@ def load_video(path):
     frames = list(video_frames(path))
     if not frames:
         raise ValueError(f"{path}: no frame could be decoded")
+    if len({frame.shape for frame in frames}) > 1:
+        raise ValueError(f"{path}: the size of its frames changes")
     return np.stack(frames)
 
 
@@ -173,8 +215,10 @@ def load_audio(path):
         samples = np.concatenate(chunks)
         video = container.streams.video
         late = round((_start(stream) - _start(video[0])) * SAMPLE_RATE) if video else 0
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{path}: NaN or infinite audio samples")
+    if not (np.abs(samples) < 1e6).all():
+        raise ValueError(f"{path}: NaN, infinite or endlessly loud audio samples")
+    if abs(late) > MAX_GAP * SAMPLE_RATE:
+        raise ValueError(f"{path}: sound and picture start {late / SAMPLE_RATE:.0f} s apart")
     return np.pad(samples, (late, 0)) if late > 0 else samples[-late:]
 
 
@@ -189,7 +233,7 @@ def fit_audio(samples, length):
 
 
 def load_media(clip, kind):
-    """"audio" (S,) float32 or "video" (T, H, W) uint8 of a clip on disk, at the length its manifest states."""
+    """ "audio" (S,) float32 or "video" (T, H, W) uint8 of a clip on disk, at the length its manifest states."""
     if kind == "audio":
         audio, length = load_audio(clip.path), clip.frames * SAMPLES_PER_FRAME
         if abs(len(audio) - length) > SAMPLE_RATE // 5:  # codecs pad
@@ -199,6 +243,8 @@ def load_media(clip, kind):
     frames = load_video(clip.path)
     if abs(len(frames) - clip.frames) > 1:  # containers round: one frame more or less is no fault
         raise ValueError(f"{clip.path}: {len(frames)} frames at 25 fps, but its manifest says {clip.frames}")
+    if min(frames.shape[1:3]) < CROP:
+        raise ValueError(f"{clip.path}: mouth regions of at least {CROP}x{CROP} are expected, got {frames.shape[1:3]}")
     return frames[np.minimum(np.arange(clip.frames), len(frames) - 1)]
 
 
@@ -360,3 +406,62 @@ class FrameBatches(Sampler):
     def __iter__(self):
         for batch in self.batches()[self.skip :]:
             yield batch[self.rank :: self.world]
+
+
+# --- checking ----------------------------------------------------------------------------------------------------
+
+
+def check_corpus(folder, task="avsr", clean=False):
+    """[what is wrong] with the manifests of a folder and all their clips, each of which is read.
+
+    clean: SPLIT.csv becomes SPLIT.csv.old, and SPLIT.csv keeps the rows without a fault.
+    """
+
+    def check(clip):
+        if isinstance(clip, ValueError):
+            return str(clip)
+        try:
+            for kind in TASKS[task]:
+                load_media(clip, kind)
+        except (ValueError, OSError) as error:
+            return str(error)
+
+    manifests = [Path(folder) / f"{split}.csv" for split in ("train", "valid", "test")]
+    manifests = [path for path in manifests if path.exists()]
+    if not manifests:
+        raise FileNotFoundError(f"{folder}: neither train.csv, valid.csv nor test.csv")
+    faults = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding needs no interpreter lock
+        for path in manifests:
+            rows = manifest_rows(path)
+            found = list(tqdm(pool.map(check, [clip for _, clip in rows]), path.name, len(rows), unit="clip"))
+            faults += filter(None, found)
+            if clean and any(found):
+                with open(path, newline="", encoding="utf-8-sig") as file:
+                    header = [HEADER] * (next(csv.reader(file)) == HEADER)
+                path.replace(f"{path}.old")
+                with open(path, "w", newline="", encoding="utf-8") as file:
+                    csv.writer(file).writerows(header + [row for (row, _), fault in zip(rows, found) if not fault])
+    return faults
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Read all clips of train.csv, valid.csv and test.csv; list all faults."
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--task", choices=TASKS, default="avsr", help="what is read: asr, vsr or avsr (default)")
+    parser.add_argument(
+        "--clean", action="store_true", help="take faulty clips out of SPLIT.csv; SPLIT.csv.old keeps them"
+    )
+    args = parser.parse_args()
+    faults = check_corpus(args.folder, args.task, args.clean)
+    print(*faults, f"{len(faults)} faults", sep="\n")
+    sys.exit(len(faults) > 0)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

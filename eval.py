@@ -3,13 +3,17 @@
     python eval.py RUN                                       # the test split as the run was trained, clean
     python eval.py RUN --snr clean 5 2.5 0 -2.5 -5 --num-beams 15
     python eval.py RUN --data OTHER_DIR --split valid --noise babble.wav --snr 0
+    torchrun --standalone --nproc_per_node 4 eval.py RUN     # several GPUs: the same results
 
-Needs the run folder, and what it names: the corpus and the frozen encoders. Writes into it (or --out) `results.json`, `hypotheses.jsonl` (snr, id, reference, hypothesis) and, where
-matplotlib is installed, `routing.png` and `wer.png`. Noise is drawn from each clip's id, so a WER repeats exactly.
+Needs the run folder, and what it names: the corpus and the frozen encoders. Writes into it, in place of the training's
+own, or into --out: `results.json`, `times.json`, `hypotheses.jsonl` (snr, id, reference, hypothesis) and, where matplotlib
+is installed, `routing.png` and `wer.png`. Noise is drawn from each clip's id, so all but the times repeats exactly.
 """
 
 import argparse
 import json
+import math
+import os
 import platform
 import random
 import sys
@@ -18,6 +22,7 @@ from pathlib import Path
 
 import jiwer
 import torch
+import torch.distributed as dist
 import transformers
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -27,8 +32,14 @@ from model import LlamaSMoP
 
 
 def parse_snr(text):
-    """"clean" -> None, "0" -> 0.0 dB."""
-    return None if text == "clean" else float(text)
+    """ "clean" -> None, "0" -> 0.0 dB."""
+    try:
+        snr = None if text == "clean" else float(text)
+    except ValueError:
+        snr = math.nan
+    if snr is not None and not abs(snr) <= 100:
+        raise ValueError(f"an SNR is clean or a number of dB between -100 and 100, got {text!r}")
+    return snr
 
 
 def name_snr(snr):
@@ -40,24 +51,59 @@ def load_noise(path, clips, load):
     return load_audio(path) if path else make_babble(clips, load)
 
 
+def join_processes(device):
+    """(rank, number of processes, device) of this process of torchrun, or of the only one."""
+    local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if not device.startswith(("cpu", "cuda")) or device.startswith("cuda") and gpus < local:
+        raise ValueError(f"--device must be cpu, or cuda with {local} GPUs (here: {gpus}), got {device}")
+    rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.device(device)
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def own_batches(clips, max_frames):
+    """This process's batches of clips of similar length: all of them, or every n-th of n processes."""
+    batches = FrameBatches([clip.frames for clip in clips], max_frames, shuffle=False).batches()
+    return batches[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else batches
+
+
+def gather(values):
+    """The lists of all processes as one list, in each of them."""
+    if not dist.is_initialized():
+        return values
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, values)
+    return [value for values in lists for value in values]
+
+
 def evaluate(model, clips, load, noise=None, snrs=(None,), num_beams=1, max_frames=2000, workers=0):
-    """(results, hypotheses): the WER at each SNR with its interval, the routing on the first one, and every text."""
+    """(results, hypotheses): the WER at each SNR with its interval, the routing on the first one, and every text.
+
+    Under torchrun the processes share the clips, and each one returns the whole.
+    """
     device = next(model.parameters()).device
     task = model.config["task"]
     wer, interval, hypotheses, usage = {}, {}, [], None
     start = time.time()
     for snr in snrs:
         dataset = ClipDataset(clips, load, task, noise=noise, snr=snr)
-        batches = FrameBatches([clip.frames for clip in clips], max_frames, shuffle=False)
+        batches = own_batches(clips, max_frames)
         loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers)
-        texts, routings = {}, []
-        for batch in tqdm(loader, desc=f"decode {name_snr(snr)}", unit="batch", leave=False):
+        texts, routings = [], []
+        hook = model.projector.register_forward_hook(
+            lambda module, inputs, outputs: routings.append(real_tokens(outputs[1]))
+        )
+        others = dist.is_initialized() and dist.get_rank() > 0
+        for batch in tqdm(loader, desc=f"decode {name_snr(snr)}", unit="batch", leave=False, disable=others):
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                texts |= zip(batch["ids"], model.generate(batch, num_beams))
-                if usage is None:
-                    with torch.no_grad():
-                        routings.append(model.project(batch)[2])
-        usage = usage or routing_statistics(routings)
+                texts += zip(batch["ids"], model.generate(batch, num_beams))
+        hook.remove()
+        texts = dict(gather(texts))
+        usage = usage or routing_statistics(gather(routings))
         pairs = [(clip.text, texts[clip.id]) for clip in clips]
         wer[name_snr(snr)], interval[name_snr(snr)] = word_error_rate(*zip(*pairs))
         hypotheses += [
@@ -81,29 +127,44 @@ def evaluate(model, clips, load, noise=None, snrs=(None,), num_beams=1, max_fram
     return results, hypotheses
 
 
-def word_error_rate(references, hypotheses, resamples=1000):
-    """Corpus WER in percent (all errors over all reference words) and its 95 % bootstrap interval over clips."""
+def count_errors(references, hypotheses):
+    """[(word errors, reference words)] of each clip."""
     clips = []
     for reference, hypothesis in zip(references, hypotheses):
         words = jiwer.process_words(reference, hypothesis)
         errors = words.substitutions + words.deletions + words.insertions
         clips.append((errors, words.hits + words.substitutions + words.deletions))
+    return clips
+
+
+def bootstrap(clips, statistic, resamples=1000):
+    """95 % interval of statistic(clips), over resamples of the clips."""
+    rng = random.Random(0)
+    values = sorted(statistic(rng.choices(clips, k=len(clips))) for _ in range(resamples))
+    return [round(values[int(q * resamples)], 2) for q in (0.025, 0.975)]
+
+
+def word_error_rate(references, hypotheses):
+    """Corpus WER in percent (all errors over all reference words) and its 95 % bootstrap interval over clips."""
+    clips = count_errors(references, hypotheses)
 
     def rate(sample):
         return 100 * sum(errors for errors, _ in sample) / sum(length for _, length in sample)
 
-    rng = random.Random(0)
-    rates = sorted(rate(rng.choices(clips, k=len(clips))) for _ in range(resamples))
-    return round(rate(clips), 2), [round(rates[int(q * resamples)], 2) for q in (0.025, 0.975)]
+    return round(rate(clips), 2), bootstrap(clips, rate)
+
+
+def real_tokens(routing):
+    """{modality: (experts (tokens, k), logits (tokens, E))} on the CPU, without the padding."""
+    real = {kind: r.weights[..., 0] > 0 for kind, r in routing.items()}
+    return {kind: (r.experts[real[kind]].cpu(), r.logits[real[kind]].cpu()) for kind, r in routing.items()}
 
 
 def routing_statistics(routings):
     """{modality: {"usage": share of tokens that chose each expert, "entropy": of the router, in nats}}."""
     statistics = {}
     for kind in routings[0]:
-        real = [r[kind].weights[..., 0] > 0 for r in routings]
-        experts = torch.cat([r[kind].experts[mask] for r, mask in zip(routings, real)])  # (tokens, k)
-        logits = torch.cat([r[kind].logits[mask] for r, mask in zip(routings, real)])  # (tokens, E)
+        experts, logits = (torch.cat(parts) for parts in zip(*[r[kind] for r in routings]))
         usage = experts.flatten().bincount(minlength=logits.shape[-1]) / len(experts)
         entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
         statistics[kind] = {"usage": [round(u, 4) for u in usage.tolist()], "entropy": round(entropy.item(), 4)}
@@ -147,9 +208,12 @@ def report(results, hypotheses, folder):
     """Print the WERs and ten hypotheses, and write the run folder's files."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    times = {name: results[name] for name in ("seconds", "training_minutes") if name in results}
+    results = {name: value for name, value in results.items() if name not in times}  # what repeats exactly
+    (folder / "times.json").write_text(json.dumps(times) + "\n")
     with open(folder / "hypotheses.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in hypotheses)
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")  # last: with it, a run is finished
     for line in hypotheses[:10]:
         print(f"  {line['id']}: {line['reference']}\n  {' ' * len(line['id'])}> {line['hypothesis']}")
     print(f"{'SNR (dB)':>9} {'WER (%)':>8}  95 % interval")
@@ -165,7 +229,7 @@ def main():
     parser.add_argument("run", type=Path, help="folder written by train.py")
     parser.add_argument("--data", help='"synthetic" or a folder of manifests (default: that of the training)')
     parser.add_argument("--split", default="test", help="name of the manifest (default: test)")
-    parser.add_argument("--snr", nargs="+", type=parse_snr, default=[None], help="dB or clean (default: clean)")
+    parser.add_argument("--snr", nargs="+", default=["clean"], help="dB or clean (default: clean)")
     parser.add_argument("--noise", help="audio file (default: that of the training, or babble of its train split)")
     parser.add_argument("--num-beams", type=int, default=1, help="1 is greedy (published: 15)")
     parser.add_argument("--out", type=Path, help="folder for the results (default: the run folder)")
@@ -175,20 +239,28 @@ def main():
     if not (args.run / "args.json").is_file():
         sys.exit(f"{args.run}: no args.json; expected a folder written by train.py")
     trained = json.loads((args.run / "args.json").read_text())
-    if trained["task"] == "vsr" and args.snr != [None]:
+    snrs = [parse_snr(snr) for snr in args.snr]
+    if not 1 <= args.num_beams <= 100:
+        raise ValueError(f"--num-beams must be between 1 and 100, got {args.num_beams}")
+    if trained["task"] == "vsr" and snrs != [None]:
         sys.exit(f"{args.run}: a run without audio has no SNR")
     data = args.data or trained["data"]
     clips, load = load_corpus(data, args.split)
     noise = None
-    if any(snr is not None for snr in args.snr):
+    if any(snr is not None for snr in snrs):
         noise = load_noise(args.noise or trained["noise"], *load_corpus(trained["data"], "train"))
-    model = LlamaSMoP.load(args.run).to(args.device)
-    results, hypotheses = evaluate(model, clips, load, noise, args.snr, args.num_beams, workers=trained["workers"])
-    report({"data": data, "split": args.split, "seed": trained["seed"]} | results, hypotheses, args.out or args.run)
+    rank, _, device = join_processes(args.device)
+    model = LlamaSMoP.load(args.run).place(device)
+    model.check(clips)
+    results, hypotheses = evaluate(model, clips, load, noise, snrs, args.num_beams, workers=trained["workers"])
+    if rank == 0:
+        report({"data": data, "split": args.split, "seed": trained["seed"]} | results, hypotheses, args.out or args.run)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:  # a fault of the input: its sentence, without our call stack
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError) as error:  # a fault of the input: its sentence, without our call stack
+        sys.exit(f"error: {str(error).splitlines()[-1]}")  # of a worker's error the last line, which is ours

@@ -13,6 +13,7 @@ What the LLM reads (Fig. 1 of the paper), one clip; training continues it with t
 Legend: B clips, S samples, T frames, L length of the LLM's input, D width (the LLM's, where nothing else is said).
 """
 
+import inspect
 import json
 import os
 import tempfile
@@ -38,8 +39,8 @@ from transformers import (
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from avhubert import AVHubertEncoder
-from data import MAX_SECONDS, SAMPLE_RATE, TASKS
-from smop import MultimodalSMoP
+from data import FPS, MAX_SECONDS, SAMPLE_RATE, SAMPLES_PER_FRAME, TASKS
+from smop import MultimodalSMoP, mean_of
 
 WHISPER_RATE = 50  # encoder frames a second
 MEL_PER_FRAME = 2
@@ -52,6 +53,7 @@ PROMPTS = {
 MARKERS = ["<audio>", "</audio>", "<video>", "</video>"]
 SLOT = {"audio": -1, "video": -2}  # places in the token ids that projected features take
 IGNORE = -100  # cross_entropy's ignore_index
+MAX_NEW_TOKENS = 128  # of a transcript
 
 
 class Losses(NamedTuple):
@@ -134,46 +136,68 @@ class LlamaSMoP(nn.Module):
 
     # --- from clips to losses and texts --------------------------------------------------------------------------
 
-    def forward(self, batch):
+    def forward(self, batch, process_group=None):
         """Losses of a batch of `data.collate`: mean cross entropy over the tokens of all transcripts and their EOS,
-        and the routers' two losses. Padding has no part in any of them."""
-        embeddings, mask, labels, routing = self.embed(batch, batch["texts"])
+        and the routers' two losses. Padding has no part in any of them. With a process_group, they are those of the
+        batches of all its processes together (see `smop.mean_of`)."""
+        embeddings, mask, labels, routing = self.embed(batch, batch["texts"], process_group)
         hidden = self.llm.get_decoder()(inputs_embeds=embeddings, attention_mask=mask, use_cache=False)[0]  # (B, L, D)
-        row, column = torch.where(labels[:, 1:] != IGNORE)  # logits only where a transcript is predicted
-        logits = self.llm.get_output_embeddings()(hidden[row, column])
-        lm = F.cross_entropy(logits.float(), labels[row, column + 1].to(logits.device))
+        target = labels[:, 1:] != IGNORE  # logits only where a transcript is predicted
+        logits = self.llm.get_output_embeddings()(hidden[indices(target, hidden.device)])  # (text tokens, vocabulary)
+        labels = labels[:, 1:][target].to(logits.device, non_blocking=True)
+        lm = F.cross_entropy(logits.float(), labels, reduction="sum")
+        lm = mean_of(lm, torch.tensor(len(labels)), process_group)
         balance, z = routing.load_balancing_loss, routing.router_z_loss
         return Losses(lm + self.loss_weights[0] * balance + self.loss_weights[1] * z, lm, balance, z)
 
     @torch.no_grad()
-    def generate(self, batch, num_beams=1, max_new_tokens=128):
+    def generate(self, batch, num_beams=1, max_new_tokens=MAX_NEW_TOKENS):
         """The transcripts of a batch, by greedy or beam search; nothing is sampled."""
+        ids = self.generate_ids(batch, num_beams=num_beams, max_new_tokens=max_new_tokens)
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    @torch.no_grad()
+    def generate_ids(self, batch, num_beams=1, **settings):
+        """The new tokens' ids (B, length) after each clip's prefix; `settings` are GenerationConfig's.
+
+        All of the prefix but its last token runs through the LLM once a clip, and only its cache is repeated for the
+        beams: `generate` alone would run it once a beam.
+        """
         embeddings, mask, _, _ = self.embed(batch)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding, on the left, takes none
+        cache = self.llm.get_decoder()(
+            inputs_embeds=embeddings[:, :-1],
+            attention_mask=mask[:, :-1],
+            position_ids=positions[:, :-1],
+            use_cache=True,
+        ).past_key_values
+        cache.batch_repeat_interleave(num_beams)
         config = GenerationConfig(
             num_beams=num_beams,
             do_sample=False,
-            max_new_tokens=max_new_tokens,
             bos_token_id=self.tokenizer.bos_token_id,
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
+            **settings,
         )
-        ids = self.llm.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=config)
-        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        return self.llm.generate(
+            inputs_embeds=embeddings, attention_mask=mask, past_key_values=cache, generation_config=config
+        )
 
-    def embed(self, batch, texts=None):
+    def embed(self, batch, texts=None, process_group=None):
         """The LLM's input: embeddings (B, L, D), attention mask (B, L), labels (B, L) on the CPU, routing.
 
         With texts (training) rows are padded on the right, without (generation) on the left.
         """
-        features, counts, routing = self.project(batch)
+        features, counts, routing = self.project(batch, process_group)
         ids, labels = self.token_ids(counts, texts)  # on the CPU, so that finding the slots makes no GPU wait
         embedding = self.llm.get_input_embeddings()
         device = embedding.weight.device
-        embeddings = embedding(ids.clamp(min=0).to(device)).clone()  # (B, L, D)
+        embeddings = embedding(ids.clamp(min=0).to(device, non_blocking=True)).clone()  # (B, L, D)
         for kind, x in features.items():
-            mask = torch.arange(x.shape[1]) < counts[kind][:, None]
-            embeddings[torch.where(ids == SLOT[kind])] = x[torch.where(mask)].to(embeddings.dtype)
-        mask = (ids != self.tokenizer.pad_token_id).long().to(device)
+            real = indices(torch.arange(x.shape[1]) < counts[kind][:, None], device)
+            embeddings[indices(ids == SLOT[kind], device)] = x[real].to(embeddings.dtype)
+        mask = (ids != self.tokenizer.pad_token_id).long().to(device, non_blocking=True)
         return embeddings, mask, labels, routing
 
     def token_ids(self, counts, texts=None):
@@ -194,7 +218,7 @@ class LlamaSMoP(nn.Module):
         pad_to = nn.utils.rnn.pad_sequence
         return pad_to(rows, True, pad, side), pad_to(targets, True, IGNORE, side)
 
-    def project(self, batch):
+    def project(self, batch, process_group=None):
         """LLM-wide tokens of each modality: features {kind: (B, tokens, D)}, counts {kind: (B,) on the CPU}, routing."""
         features, masks, counts = {}, {}, {}
         for kind in self.kinds:
@@ -206,9 +230,30 @@ class LlamaSMoP(nn.Module):
                 raise ValueError(f"{', '.join(short)}: too short for {kind} pooling by {pool}")
             x = encode(batch, lengths)  # (B, frames, D_encoder)
             features[kind] = F.avg_pool1d(x.transpose(1, 2), pool).transpose(1, 2)  # (B, tokens, D_encoder)
-            masks[kind] = (torch.arange(features[kind].shape[1]) < counts[kind][:, None]).to(x.device)
-        features, routing = self.projector(features, masks)
+            mask = torch.arange(features[kind].shape[1]) < counts[kind][:, None]
+            masks[kind] = mask.to(x.device, non_blocking=True)
+        features, routing = self.projector(features, masks, process_group)
         return features, counts, routing
+
+    def check(self, clips):
+        """A ValueError names every clip whose length or transcript this model cannot take; no clip is read."""
+        frames = torch.tensor([clip.frames for clip in clips])
+        lengths = {"audio": whisper_frames(frames * SAMPLES_PER_FRAME), "video": frames}
+        counts = {kind: lengths[kind] // self.pools[kind] for kind in self.kinds}
+        texts = self.tokenizer([clip.text for clip in clips], add_special_tokens=False).input_ids
+        texts = torch.tensor([len(text) + 1 for text in texts])  # with EOS
+        most = self.llm.config.max_position_embeddings
+        rest = self.token_ids({kind: torch.tensor([0]) for kind in self.kinds})[0].numel()  # markers, prompt
+        total = rest + sum(counts.values()) + texts
+        faults = {f"too short for {kind} pooling by {self.pools[kind]}": counts[kind] < 1 for kind in self.kinds}
+        faults[f"a transcript of more than {MAX_NEW_TOKENS} tokens"] = texts > MAX_NEW_TOKENS
+        faults[f"more tokens than the LLM's {most} positions"] = total > most
+        if "audio" in self.kinds:
+            faults[f"longer than Whisper's {MAX_SECONDS} s"] = frames > MAX_SECONDS * FPS
+        found = [f"{clips[i].id}: {fault}" for fault, where in faults.items() for i in where.nonzero().flatten()]
+        if found:
+            more = f"; and {len(found) - 20} more" if len(found) > 20 else ""
+            raise ValueError("; ".join(found[:20]) + more)
 
     def encode_audio(self, batch, frames):
         """Whisper's features of `frames` (B,) 20 ms frames a clip: (B, max(frames), D_audio)."""
@@ -234,16 +279,28 @@ class LlamaSMoP(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained(self.audio_encoder)):
             if self.audio_window == "30s":
                 return self.audio_encoder(mel).last_hidden_state[:, :most]
-            mask = (torch.arange(most) < frames[:, None]).to(device)
+            mask = (torch.arange(most) < frames[:, None]).to(device, non_blocking=True)
             return whisper_on_clip(self.audio_encoder, mel[..., : MEL_PER_FRAME * most], mask)
 
     def encode_video(self, batch, frames):
         """AV-HuBERT's features of `frames` (B,) 40 ms frames a clip, cut to whole pools: (B, max(frames), D_video)."""
         frames = frames // self.pools["video"] * self.pools["video"]
-        video = batch["video"][:, :, : int(frames.max())].to(self.video_encoder.proj.weight.device)
-        padding = (torch.arange(video.shape[2]) >= frames[:, None]).to(video.device)
+        video = batch["video"][:, :, : int(frames.max())]
+        video = video.to(self.video_encoder.proj.weight.device, non_blocking=True)
+        padding = torch.arange(video.shape[2]) >= frames[:, None]
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained(self.video_encoder)):
             return self.video_encoder(video, padding)
+
+    def place(self, device):
+        """Move to a device, and on a GPU, where it runs under bf16 autocast, `halve_frozen`."""
+        return (self.halve_frozen() if torch.device(device).type == "cuda" else self).to(device)
+
+    def halve_frozen(self):
+        """Frozen matrices in bf16: autocast would make them anew at every use, for a decoded token a billion of them."""
+        for p in self.parameters():
+            if not p.requires_grad and p.ndim > 1:
+                p.data = p.data.bfloat16()
+        return self
 
     def train(self, mode=True):
         """Like nn.Module.train, but frozen parts stay in eval mode: no dropout, no new BatchNorm statistics."""
@@ -257,8 +314,8 @@ class LlamaSMoP(nn.Module):
     def trained_state(self):
         """{name: tensor} of all that training changes, or that was drawn at random: what a run has to keep."""
         state = {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
-        if "video" in self.kinds and is_trained(self.video_encoder):
-            state |= {f"video_encoder.{name}": b for name, b in self.video_encoder.named_buffers()}  # BatchNorm's
+        if "video" in self.kinds:  # BatchNorm's statistics; those of a published model moved
+            state |= {f"video_encoder.{name}": b for name, b in self.video_encoder.named_buffers()}
         if not isinstance(self.config["llm"], dict):  # the rows of the new tokens, in a vocabulary that is frozen
             new = self.tokenizer.convert_tokens_to_ids(["<pad>", *MARKERS])
             state["new_tokens.input"] = self.llm.get_input_embeddings().weight[new].detach()
@@ -269,11 +326,7 @@ class LlamaSMoP(nn.Module):
     def load_trained_state(self, state):
         """Take over a `trained_state`; a ValueError names what is missing, left over or of another shape."""
         own = self.trained_state()
-        for name in own | state:
-            here, there = own.get(name), state.get(name)
-            if here is None or there is None or here.shape != there.shape:
-                shapes = [None if x is None else tuple(x.shape) for x in (here, there)]
-                raise ValueError(f"{name}: the model has {shapes[0]}, the file {shapes[1]}")
+        check_shapes(own, state)
         for name, value in state.items():
             if name.startswith("new_tokens."):
                 new = self.tokenizer.convert_tokens_to_ids(["<pad>", *MARKERS])
@@ -293,22 +346,54 @@ class LlamaSMoP(nn.Module):
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self.tokenizer.save_pretrained(folder)
         state = {name: tensor.contiguous() for name, tensor in self.trained_state().items()}
-        save_file(state, folder / "model.safetensors.partial")
-        os.replace(folder / "model.safetensors.partial", folder / "model.safetensors")
+        write_atomically(folder / "model.safetensors", lambda path: save_file(state, path))
 
     @classmethod
     def load(cls, folder, **changes):
-        """The model of a folder written by `save`. `changes` replace entries of its config: a moved encoder, say."""
+        """The model of a folder written by `save`. `changes` replace entries of its config: a moved encoder, say.
+
+        task="asr" or "vsr" takes from a run of avsr only what it needs; the run never learnt to do without the rest.
+        """
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder}: no config.json; expected a folder written by LlamaSMoP.save")
         config = json.loads((folder / "config.json").read_text())
-        model = cls(**config | changes, tokenizer=AutoTokenizer.from_pretrained(folder))
+        other = (config | changes).keys() ^ (inspect.signature(cls).parameters.keys() - {"tokenizer"})
+        if other:
+            raise ValueError(f"{folder / 'config.json'}: of another version, differing in {', '.join(sorted(other))}")
+        task = changes.get("task", config["task"])
+        if not set(TASKS.get(task, ())) <= set(TASKS[config["task"]]):
+            raise ValueError(f"{folder}: trained on {config['task']}, which lacks what {task} needs")
+        model = cls(**config | changes, tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+        state = load_file(folder / "model.safetensors")
+        if task != config["task"]:  # what is joint has the name of the first modality
+            joint = {name: name.replace(".smops.video.", ".smops.audio.") for name in model.trained_state()}
+            state = {name: state.get(name, state.get(joint[name])) for name in joint}
         try:
-            model.load_trained_state(load_file(folder / "model.safetensors"))
+            model.load_trained_state(state)
         except ValueError as error:
             raise ValueError(f"{folder / 'model.safetensors'}: {error}") from None
         return model.eval()
+
+    @classmethod
+    def from_published(cls, checkpoint, *parts, **settings):
+        """The model of a checkpoint of the authors' code: see `published.load_published`."""
+        from published import load_published  # it needs this class
+
+        return load_published(checkpoint, *parts, **settings)
+
+
+def write_atomically(path, write):
+    """write(partial path), then rename: whoever reads `path` finds a whole file, whenever the program is killed. Where
+    it cannot be written (a full disk), an OSError says so and the file that was there stays."""
+    partial = Path(f"{path}.partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    except Exception as error:  # torch and safetensors raise their own
+        partial.unlink(missing_ok=True)
+        kept = "; the previous one is kept" if Path(path).exists() else ""
+        raise OSError(f"{path}: could not be written, is the disk full? ({error}){kept}") from None
 
 
 # --- parts -------------------------------------------------------------------------------------------------------
@@ -317,6 +402,21 @@ class LlamaSMoP(nn.Module):
 def is_trained(module):
     """Whether any of a module's parameters is trained; all others are frozen."""
     return any(p.requires_grad for p in module.parameters())
+
+
+def indices(mask, device):
+    """Where a mask on the CPU is True, as indices for tensors on a GPU, which `tensor[mask]` would make wait."""
+    return tuple(i.to(device, non_blocking=True) for i in torch.where(mask))
+
+
+def check_shapes(own, state):
+    """A ValueError unless two {name: tensor} have the same names and shapes."""
+    for name in own | state:
+        here, there = (
+            tuple(x.shape) if isinstance(x, torch.Tensor) else None for x in (own.get(name), state.get(name))
+        )
+        if here is None or here != there:
+            raise ValueError(f"{name}: the model has {here}, the file {there}")
 
 
 def whisper_frames(samples):
@@ -350,12 +450,21 @@ def make_config(cls, settings):
     return cls(**settings, attn_implementation="sdpa")
 
 
+def from_hub(cls, source, **settings):
+    """from_pretrained, with an error that names what was not found."""
+    try:
+        return cls.from_pretrained(source, **settings)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(f"{source}: neither a folder of transformers nor found on its hub ({reason})") from None
+
+
 def load_whisper(source):
     """(WhisperEncoder, its log-mel extractor): frozen from a hub name or folder, random from a dict of WhisperConfig."""
     if isinstance(source, dict):
         config = make_config(WhisperConfig, source)
         return WhisperEncoder(config), WhisperFeatureExtractor(feature_size=config.num_mel_bins)
-    config = WhisperConfig.from_pretrained(source)
+    config = from_hub(WhisperConfig, source)
     # Of a folder with the encoder alone, WhisperModel would find no weight under its names and stay random.
     alone = config.architectures == ["WhisperEncoder"]
     model, report = (WhisperEncoder if alone else WhisperModel).from_pretrained(
@@ -400,19 +509,28 @@ def load_llm(source, tokenizer, lora_rank, lora_scale):
     if tokenizer is None:
         if isinstance(source, dict):
             raise ValueError("a random LLM needs a tokenizer: see train_tokenizer")
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = from_hub(AutoTokenizer, source, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{source}: its tokenizer has no end-of-sequence token, so no transcript could end")
     tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": MARKERS})
     if isinstance(source, dict):
-        return LlamaForCausalLM(make_config(LlamaConfig, source | {"vocab_size": len(tokenizer)})), tokenizer
-    llm = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        vocab_size = max(len(tokenizer), source.get("vocab_size", 0))
+        return LlamaForCausalLM(make_config(LlamaConfig, source | {"vocab_size": vocab_size})), tokenizer
+    llm = from_hub(AutoModelForCausalLM, source, dtype=torch.float32, trust_remote_code=False)
+    llm.generation_config = GenerationConfig()  # a checkpoint's own may sample or punish repetition
+    ours, own = len(tokenizer) - 1 - len(MARKERS), llm.get_input_embeddings().num_embeddings
+    if ours > own:  # a larger one would be resized, with random rows for words
+        raise ValueError(f"{source}: it knows {own} tokens, but its tokenizer (or the run's) has {ours}")
     if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
         llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    llm.requires_grad_(False)
-    rank = llm.config.hidden_size // 32 if lora_rank is None else lora_rank
-    lora = LoraConfig(r=rank, lora_alpha=lora_scale * rank, target_modules=["q_proj", "v_proj"])
-    return inject_adapter_in_model(lora, llm), tokenizer
+    return add_lora(llm, lora_rank, lora_scale), tokenizer
+
+
+def add_lora(llm, rank=None, scale=0.125):
+    """Freeze a Llama and add LoRA to its q and v: W x + scale * B A x, with `rank` rows in A (default: width / 32)."""
+    rank = llm.config.hidden_size // 32 if rank is None else rank
+    lora = LoraConfig(r=rank, lora_alpha=scale * rank, target_modules=["q_proj", "v_proj"])
+    return inject_adapter_in_model(lora, llm.requires_grad_(False))
 
 
 def train_tokenizer(texts, vocab_size=1000):

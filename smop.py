@@ -62,15 +62,18 @@ class SMoP(nn.Module):
             for _ in range(num_experts)
         )
 
-    def forward(self, x, mask=None):
+    def forward(self, x, mask=None, process_group=None):
         """Project x (..., D) to (..., O); returns (y, Routing).
 
         mask (...) bool, True = a real token. Padding is never given to an expert and yields zeros: it changes no
         output of a real token, no loss and no gradient, whatever it holds.
+        process_group: the losses are over the tokens of all its processes, as if they were one batch; see `mean_of`.
         """
         if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
-            raise ValueError(f"mask {mask.dtype} {tuple(mask.shape)} for x {tuple(x.shape)}: bool {tuple(x.shape[:-1])} expected")
-        routing = self.route(x, mask)
+            raise ValueError(
+                f"mask {mask.dtype} {tuple(mask.shape)} for x {tuple(x.shape)}: bool {tuple(x.shape[:-1])} expected"
+            )
+        routing = self.route(x, mask, process_group)
         tokens = x.reshape(-1, x.shape[-1])  # (N, D)
         experts = routing.experts.view(-1, self.top_k)  # (N, k)
         if mask is not None:
@@ -78,7 +81,7 @@ class SMoP(nn.Module):
         y = self.mix(tokens, experts, routing.weights.view(-1, self.top_k))  # (N, O)
         return y.view(*x.shape[:-1], self.dim_out), routing
 
-    def route(self, x, mask=None):
+    def route(self, x, mask=None, process_group=None):
         """Router: linear, softmax over all experts, top-k. In float32 at least: bf16 ties change which expert wins."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
@@ -89,60 +92,78 @@ class SMoP(nn.Module):
                 weights = weights / weights.sum(-1, keepdim=True)
             if mask is not None:
                 weights = weights.masked_fill(~mask[..., None], 0)
-            return Routing(
-                logits, weights, experts, load_balancing_loss(logits, experts, mask), router_z_loss(logits, mask)
-            )
+            balance = load_balancing_loss(logits, experts, mask, process_group)
+            return Routing(logits, weights, experts, balance, router_z_loss(logits, mask, process_group))
 
     def mix(self, tokens, experts, weights):
         """Weighted sum of the chosen experts: tokens (N, D), experts and weights (N, k) -> (N, O).
 
-        The (token, expert) pairs are sorted by expert, so that each expert multiplies one contiguous block.
+        The (token, expert) pairs are sorted by expert, so that each expert multiplies one contiguous block. As no token
+        meets an expert twice, `index_add_` adds each block without collisions: the sum is the same every time.
         """
         order = experts.flatten().argsort(stable=True)  # (N*k,)
         counts = F.one_hot(experts.flatten(), len(self.experts) + 1).sum(0).tolist()  # the one wait for a GPU
-        blocks = tokens[order // self.top_k].split(counts)
+        token, weight = order // self.top_k, weights.flatten().index_select(0, order)  # (N*k,) of each pair
+        blocks = tokens.index_select(0, token).split(counts)  # the last one is padding
         outputs = [expert(block) for expert, block in zip(self.experts, blocks)]
-        outputs.append(outputs[0].new_zeros(counts[-1], self.dim_out))  # padding
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        outputs = torch.cat(outputs)[place].unflatten(0, experts.shape)  # (N, k, O), back in the tokens' order
-        return (weights.to(outputs.dtype).unsqueeze(-1) * outputs).sum(1)
+        y = outputs[0].new_zeros(len(tokens), self.dim_out)  # (N, O)
+        for output, t, w in zip(outputs, token.split(counts), weight.to(y.dtype).split(counts)):
+            y.index_add_(0, t, w.unsqueeze(-1) * output)
+        return y
 
 
-def load_balancing_loss(logits, experts, mask=None):
+def load_balancing_loss(logits, experts, mask=None, process_group=None):
     """E * sum_e f_e * P_e: small when the tokens are spread evenly over the experts.
 
     f_e is the share of tokens that chose expert e in any of their k slots, P_e its mean probability, over real
     tokens. A balanced router gives k (in expectation; exactly E when k = E), a collapsed one up to E.
-    logits (..., E), experts (..., k), mask (...) bool. Zero tokens give 0.
+    logits (..., E), experts (..., k), mask (...) bool, process_group as in SMoP.forward. Zero tokens give 0.
     Source: Switch Transformer (arXiv 2101.03961), eq. 4-6, summed over slots as in the authors' published code.
     """
     num_experts = logits.shape[-1]
     chosen = F.one_hot(experts, num_experts).sum(-2)  # (..., E)
-    share = _token_mean(chosen.to(logits.dtype), mask)  # (E,)
-    return num_experts * (share * _token_mean(logits.softmax(-1), mask)).sum()
+    share = _token_mean(chosen.to(logits.dtype), mask, process_group)  # (E,)
+    return num_experts * (share * _token_mean(logits.softmax(-1), mask, process_group)).sum()
 
 
-def router_z_loss(logits, mask=None):
+def router_z_loss(logits, mask=None, process_group=None):
     """Mean over real tokens of logsumexp(logits)^2: keeps the logits small, where the softmax is exact.
 
-    logits (..., E), mask (...) bool. A uniform router with logits 0 gives log(E)^2. Zero tokens give 0.
+    logits (..., E), mask (...) bool, process_group as in SMoP.forward. A uniform router with logits 0 gives
+    log(E)^2. Zero tokens give 0.
     Source: ST-MoE (arXiv 2202.08906), eq. 5.
     """
-    return _token_mean(logits.logsumexp(-1, keepdim=True) ** 2, mask).squeeze()
+    return _token_mean(logits.logsumexp(-1, keepdim=True) ** 2, mask, process_group).squeeze()
 
 
-def _token_mean(values, mask):
+def _token_mean(values, mask, process_group):
     """Mean of values (..., X) over the tokens where mask (...) is True: (X,)."""
     values = values.reshape(-1, values.shape[-1])
     if mask is None:
-        return values.sum(0) / max(len(values), 1)
+        return mean_of(values.sum(0), torch.tensor(len(values)), process_group)
     mask = mask.reshape(-1, 1)
-    return values.masked_fill(~mask, 0).sum(0) / mask.sum().clamp(min=1)
+    return mean_of(values.masked_fill(~mask, 0).sum(0), mask.sum(), process_group)
+
+
+def mean_of(total, count, process_group=None):
+    """total / count (at least 1); with a process_group, those of all its processes together: total (...), count ().
+
+    It is for DistributedDataParallel, which averages the gradients of the processes: each one's own part gets its
+    gradient times their number, so that the average is the gradient of the whole. That needs the same loss in every
+    process, and no communication in the backward pass, where it could get between DistributedDataParallel's own.
+    """
+    if process_group is not None:
+        sums = torch.cat([total.detach().flatten(), count.to(total).view(1)])
+        torch.distributed.all_reduce(sums, group=process_group)
+        own = torch.distributed.get_world_size(process_group) * (total - total.detach())  # 0, with that gradient
+        total, count = sums[:-1].view_as(total) + own, sums[-1]
+    return total / count.clamp(min=1)
 
 
 class MultimodalRouting(dict):
     """{modality: Routing}, whose losses are over that modality's own tokens, and the two losses to train with:
-    over all tokens together for a joint router, summed over the modalities for disjoint routers."""
+    over all tokens together for a joint router (balanced: top_k), summed over the modalities for disjoint routers
+    (balanced: top_k a modality)."""
 
     load_balancing_loss: torch.Tensor
     router_z_loss: torch.Tensor
@@ -178,17 +199,18 @@ class MultimodalSMoP(nn.Module):
             if config == "JEJR":
                 smop.gate = first.gate
 
-    def forward(self, features, masks=None):
+    def forward(self, features, masks=None, process_group=None):
         """features {modality: (..., D)}, masks {modality: (...) bool} -> ({modality: (..., O)}, MultimodalRouting)."""
         outputs, routing = {}, MultimodalRouting()
         for modality, x in features.items():
-            outputs[modality], routing[modality] = self.smops[modality](x, None if masks is None else masks[modality])
+            mask = None if masks is None else masks[modality]
+            outputs[modality], routing[modality] = self.smops[modality](x, mask, process_group)
         if self.config == "JEJR":  # one router: its losses are over the tokens of all modalities together
             logits = torch.cat([r.logits.flatten(0, -2) for r in routing.values()])  # (N, E)
             experts = torch.cat([r.experts.flatten(0, -2) for r in routing.values()])  # (N, k)
             mask = None if masks is None else torch.cat([masks[modality].flatten() for modality in features])
-            routing.load_balancing_loss = load_balancing_loss(logits, experts, mask)
-            routing.router_z_loss = router_z_loss(logits, mask)
+            routing.load_balancing_loss = load_balancing_loss(logits, experts, mask, process_group)
+            routing.router_z_loss = router_z_loss(logits, mask, process_group)
         else:
             routing.load_balancing_loss = sum(r.load_balancing_loss for r in routing.values())
             routing.router_z_loss = sum(r.router_z_loss for r in routing.values())

@@ -100,7 +100,9 @@ def _speak(phones, rng):
     pitch = rng.uniform(90, 220) * (1 + 0.08 * np.sin(np.linspace(0, rng.uniform(3, 9), length) + rng.uniform(0, 6)))
     pulses = np.diff(np.floor(np.cumsum(pitch) / SAMPLE_RATE), prepend=0).astype(np.float32) * 12
     noise = rng.standard_normal(length, np.float32)
-    f1, f2, voice, hiss, centre = (targets * [*[rng.uniform(0.92, 1.08)] * 2, 1, 1, rng.uniform(0.95, 1.05)]).T[..., None]
+    f1, f2, voice, hiss, centre = (targets * [*[rng.uniform(0.92, 1.08)] * 2, 1, 1, rng.uniform(0.95, 1.05)]).T[
+        ..., None
+    ]
     freq = np.fft.rfftfreq(size, 1 / SAMPLE_RATE)
     formants = sum(gain * np.exp(-0.5 * ((freq - f) / width) ** 2) for f, gain, width in ((f1, 1, 90), (f2, 0.5, 130)))
     filters = voice * (formants + 0.02), hiss * np.exp(-0.5 * ((freq - centre) / (200 + 0.15 * centre)) ** 2)

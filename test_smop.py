@@ -1,20 +1,28 @@
 """Tests: against published numbers, against a naive loop, one clip against a batch, and every command as a user runs it.
 
     pytest -q                  # a few minutes on two CPU cores
+    pytest -q -m slow          # many minutes: killed runs, damaged clips
 
 `golden_smop.npz` holds outputs, losses and gradients of the authors' published mixture (4 experts, top 2) with random
 weights. More published numbers (AV-HuBERT, the whole model, transforms, mouth regions) are in ../shared/golden, where that exists;
 without it those tests are skipped.
 """
 
+import dataclasses
 import json
 import math
 import os
 import random
+import re
+import shutil
+import signal
+import struct
 import subprocess
 import sys
 import time
 import wave
+import zipfile
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,21 +32,41 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file
+import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import avhubert
+import bench
 import data
 import prepare
+import train
+import transcribe
 from avhubert import AVHubertEncoder
 from data import ClipDataset, FrameBatches, collate, load_corpus, read_manifest
-from model import LlamaSMoP, train_tokenizer, whisper_frames
+from eval import evaluate
+from model import (
+    MARKERS,
+    LlamaSMoP,
+    add_lora,
+    load_whisper,
+    train_tokenizer,
+    whisper_frames,
+    write_atomically,
+)
+from published import published_state, save_published
 from smop import MultimodalSMoP, SMoP, load_balancing_loss, router_z_loss
 
 HERE = Path(__file__).resolve().parent
 GOLDEN = HERE.parent / "shared" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no published numbers in {GOLDEN}")
-LLM = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "initializer_range": 0.5}
+LLM = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "initializer_range": 0.5,
+}
 WHISPER = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 64}
 AVHUBERT = {"dim": 32, "layers": 1, "heads": 2, "stem_width": 4, "stem_stride": 4, "trunk_widths": [4, 4, 4, 4]}
 
@@ -206,32 +234,6 @@ def test_wrong_mixtures_are_refused():
         SMoP(6, 5)(torch.randn(2, 3, 6), torch.ones(2, 4, dtype=torch.bool))
 
 
-def _ddp_step(rank, folder):
-    """One of two processes; process 1 sees only one token, so most experts get none there."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    layer = nn.parallel.DistributedDataParallel(SMoP(6, 5, num_experts=8, top_k=1, renormalize=False))
-    x = torch.load(f"{folder}/x.pt")
-    for _ in range(2):
-        layer.zero_grad()
-        y, _ = layer(x[:20] if rank == 0 else x[20:])
-        (2 * y.square().sum()).backward()  # DDP takes the mean over two processes
-    if rank == 0:
-        torch.save([p.grad for p in layer.parameters()], f"{folder}/grad.pt")
-    dist.destroy_process_group()
-
-
-def test_two_processes_give_the_gradient_of_one(tmp_path):
-    x = torch.randn(21, 6)
-    torch.save(x, tmp_path / "x.pt")
-    torch.multiprocessing.spawn(_ddp_step, (str(tmp_path),), nprocs=2)
-    torch.manual_seed(0)
-    layer = SMoP(6, 5, num_experts=8, top_k=1, renormalize=False)
-    layer(x)[0].square().sum().backward()
-    for a, b in zip(torch.load(tmp_path / "grad.pt"), layer.parameters()):
-        close(a, b.grad)
-
-
 # --- avhubert.py -------------------------------------------------------------------------------------------------
 
 
@@ -285,6 +287,20 @@ def test_checkpoint_that_runs_code_is_refused(tmp_path):
     assert (tmp_path / "ran").exists()
 
 
+def test_packed_checkpoint_is_refused(tmp_path):
+    torch.save({"model": torch.zeros(10**6)}, tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for name in plain.namelist():
+            bomb.writestr(name, plain.read(name))
+    assert (tmp_path / "bomb.pt").stat().st_size < 10**5
+    with pytest.raises(ValueError, match="bomb.pt: refused, 400.* bytes are packed into"):
+        avhubert.load_inert(tmp_path / "bomb.pt")
+    assert len(avhubert.load_inert(tmp_path / "plain.pt")["model"]) == 10**6
+
+
 def test_objects_of_foreign_packages_become_inert(tmp_path, monkeypatch):
     module = type(sys)("fairseq")
     module.Dictionary = type("Dictionary", (), {"__module__": "fairseq", "__init__": lambda self: pytest.fail("ran")})
@@ -307,14 +323,22 @@ def test_not_a_checkpoint(tmp_path):
 # --- model.py ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """(model, description, cases, {published name: parameter}) of the golden whole model, loaded through our doors."""
+def write_tokenizer(folder, words, **special):
+    """A tokenizer of transformers whose tokens are `words`, numbered as listed."""
     from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def published_parts(tmp_path_factory):
+    """(folder, description): the golden whole model as its authors' users have it, with llm/, whisper/ and model.pth."""
     from transformers import (
         LlamaConfig,
         LlamaForCausalLM,
-        PreTrainedTokenizerFast,
         WhisperConfig,
         WhisperFeatureExtractor,
         WhisperModel,
@@ -324,35 +348,38 @@ def published(tmp_path_factory):
     info = json.loads((GOLDEN / "llama_smop_tiny/model.json").read_text())
     weights = load_file(GOLDEN / "llama_smop_tiny/weights.safetensors")
     bos, eos = list(info["token_ids"])[:2]
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(62)} | {bos: 62, eos: 63}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, bos_token=bos, eos_token=eos).save_pretrained(folder / "llm")
+    write_tokenizer(folder / "llm", [f"w{i}" for i in range(62)] + [bos, eos], bos_token=bos, eos_token=eos)
     llm = LlamaForCausalLM(LlamaConfig(**info["llama"] | {"vocab_size": 64, "pad_token_id": None}))
     llm.load_state_dict({k.removeprefix("llm."): v[: len(llm.get_parameter(k.removeprefix("llm.")))]  # 5 rows are ours
                          for k, v in weights.items() if k.startswith("llm.") and "lora" not in k})  # fmt: skip
     llm.save_pretrained(folder / "llm")
-    whisper = WhisperModel(WhisperConfig(**info["whisper"], decoder_layers=1, decoder_attention_heads=4, vocab_size=51865))
+    whisper = WhisperModel(
+        WhisperConfig(**info["whisper"], decoder_layers=1, decoder_attention_heads=4, vocab_size=51865)
+    )
     prefix = "audio_encoder."
     whisper.encoder.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
     whisper.save_pretrained(folder / "whisper")
     WhisperFeatureExtractor().save_pretrained(folder / "whisper")
+    video = avhubert.load_inert(GOLDEN / "avhubert-tiny.pt")["model"]
+    torch.save(weights | {f"video_encoder.{name}": value for name, value in video.items()}, folder / "model.pth")
+    return folder, info
 
-    model = LlamaSMoP(
-        "avsr", folder / "llm", folder / "whisper", GOLDEN / "avhubert-tiny.pt", projector="JEJR", dim_hidden=96,
-        lora_rank=info["lora"]["real_rank"], lora_scale=info["lora"]["scaling"], prompt=info["prompt"],
-    ).eval()  # fmt: skip
-    parameters = dict(model.named_parameters())
-    named = {}
-    for name, value in weights.items():
-        if not name.startswith(prefix):
-            ours = name.replace("audiovisual_proj.", "projector.smops.audio.")
-            for x in "qv":
-                ours = ours.replace(f"lora_down_{x.upper()}", f"{x}_proj.lora_A.default")
-                ours = ours.replace(f"lora_up_{x.upper()}", f"{x}_proj.lora_B.default")
-                ours = ours.replace(f".{x}_proj.weight", f".{x}_proj.base_layer.weight")
-            named[name] = parameters[ours]
-            with torch.no_grad():
-                named[name].copy_(value)
+
+def from_published(folder, checkpoint="model.pth", **settings):
+    """As a user of the golden model calls it; its LoRA scale and prompt are not the defaults."""
+    settings = {"lora_scale": 0.25, "prompt": "w1 w2 w3 w4 w5 w6"} | settings
+    parts = folder / "llm", folder / "whisper", GOLDEN / "avhubert-tiny.pt"
+    return LlamaSMoP.from_published(folder / checkpoint, *parts, **settings)
+
+
+@pytest.fixture(scope="module")
+def published(published_parts):
+    """(model, description, cases, {published name: parameter}) of the golden whole model, loaded through our doors."""
+    folder, info = published_parts
+    model = from_published(folder)
+    assert model.config["lora_rank"] == info["lora"]["real_rank"] and model.config["dim_hidden"] == 96
+    ours = {p.data_ptr(): p for p in model.parameters()}
+    named = {name: ours.get(x.data_ptr()) for name, x in published_state(model).items()}
     return model, info, np.load(GOLDEN / "llama_smop_tiny/cases.npz"), named
 
 
@@ -402,6 +429,78 @@ def test_audio_frames_equal_published_rule():
     assert torch.equal(whisper_frames(samples), torch.from_numpy(rule["frames_kept_exact"]))
 
 
+@needs_golden
+def test_published_checkpoint_goes_both_ways(published_parts, published, tmp_path):
+    folder, _ = published_parts
+    given = torch.load(folder / "model.pth", weights_only=True)
+    save_published(published[0], tmp_path / "again.pth")
+    saved = torch.load(tmp_path / "again.pth", weights_only=True)
+    assert saved.keys() == given.keys() and all(torch.equal(saved[name], given[name]) for name in given)
+    save_file({name: value.contiguous() for name, value in given.items()}, folder / "model.safetensors")
+    moved = {name: x.bfloat16() if x.is_floating_point() else x for name, x in given.items()}  # as a bf16 run holds it
+    moved["video_encoder.feature_extractor_video.resnet.frontend3D.1.running_mean"] += 1
+    torch.save(moved, folder / "moved.pth")
+    batch = collate(small_batch(texts=("w1 w2", "w3", "w4")))
+    expected = published[0](batch).total
+    close(from_published(folder, "model.safetensors")(batch).total, expected)
+    model = from_published(folder, "moved.pth")
+    assert model.video_encoder.resnet.frontend3D[1].running_mean.mean() > 0.9  # BatchNorm's statistics are the file's
+    model.video_encoder.load_state_dict(published[0].video_encoder.state_dict())
+    close(model(batch).total, expected, rtol=0.01)
+    model = from_published(folder, "moved.pth")
+    model.save(tmp_path / "run")
+    close(LlamaSMoP.load(tmp_path / "run")(batch).total, model(batch).total)
+
+
+@needs_golden
+@pytest.mark.parametrize("kinds", [("audio", "video"), ("audio",), ("video",)])
+def test_published_mlp_is_one_expert(published_parts, kinds):
+    folder, _ = published_parts
+    weights = torch.load(folder / "model.pth", weights_only=True)
+    expert = {name[26:]: x for name, x in weights.items() if name.startswith("audiovisual_proj.experts.1.")}
+    mlp = {name: x for name, x in weights.items() if name.startswith(("llm.", *(f"{kind}_enc" for kind in kinds)))}
+    for kind in kinds:
+        mlp |= {f"{kind}_proj{name}": x + (kind == "video") for name, x in expert.items()}
+    torch.save(mlp, folder / "mlp.pth")
+    model = from_published(folder, "mlp.pth")
+    assert model.kinds == kinds and model.config["projector"] == "MLP"
+    for kind in kinds:
+        projector = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64), nn.LayerNorm(64))
+        projector.load_state_dict({name[1:]: x + (kind == "video") for name, x in expert.items()})
+        x = torch.randn(2, 3, 64)
+        close(model.projector({kind: x})[0][kind], projector(x))
+    assert published_state(model).keys() == mlp.keys()
+
+
+@needs_golden
+def test_published_checkpoint_must_fit(published_parts, tmp_path):
+    folder, _ = published_parts
+    weights = torch.load(folder / "model.pth", weights_only=True)
+    wrong = {
+        "encoder.*frozen": {"audio_encoder.conv1.bias": weights["audio_encoder.conv1.bias"] + 0.1},
+        "embed_tokens.*frozen": {"llm.model.embed_tokens.weight": weights["llm.model.embed_tokens.weight"] * 1.1},
+        "avg_pool.weight: the model has None": {"avg_pool.weight": torch.ones(1)},
+        "epoch: the model has None": {"epoch": 3},
+        "lora_up_V.weight: the model has .* the file None": {"llm.model.layers.1.self_attn.lora_up_V.weight": None},
+        "experts.3.0.*: the model has None": {"audiovisual_proj.gate.weight": torch.ones(3, 64)},
+        "flat file .* got": {"audiovisual_proj.gate.weight": None, "audiovisual_proj.experts.0.0.weight": None},
+    }
+    for message, change in wrong.items():
+        state = {name: x for name, x in (weights | change).items() if x is not None}
+        torch.save(state, folder / "wrong.pth")
+        with pytest.raises(ValueError, match=f"wrong.pth: .*{message}"):
+            from_published(folder, "wrong.pth")
+    torch.save({"state_dict": weights}, folder / "wrong.pth")
+    with pytest.raises(ValueError, match="wrong.pth: a flat file .* got state_dict"):
+        from_published(folder, "wrong.pth")
+    torch.save(weights | {"llm.evil": Touch(str(tmp_path / "ran"))}, folder / "wrong.pth")
+    with pytest.raises(ValueError, match="wrong.pth: refused.*open"):
+        from_published(folder, "wrong.pth")
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(ValueError, match="published form knows JEJR and MLP"):
+        save_published(small_model("asr"), tmp_path / "a.pth")
+
+
 def small_model(task="avsr", projector="DEDR", **changes):
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["lay blue at a one now", "set red by b two soon"], vocab_size=60)
@@ -446,6 +545,46 @@ def test_batch_equals_its_clips_one_by_one(window):
     assert len(set(alone)) > 1
 
 
+def many_experts(projector):
+    """A model with more experts than some of its tokens, with a frozen video encoder: its BatchNorm has no batch."""
+    model = small_model(projector=projector, num_experts=8, top_k=1)
+    model.video_encoder.requires_grad_(False).eval()
+    return model
+
+
+def _step(rank, folder):
+    """One of two processes, the second with one clip of three."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    for projector in ("DEDR", "JEJR"):
+        model = many_experts(projector)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):
+            model.zero_grad()
+            losses = wrapped(collate(small_batch()[2 * rank :][:2]), dist.group.WORLD)
+            losses.total.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        torch.save((torch.stack(losses[:4]).detach(), gradients), f"{folder}/{projector}{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_give_the_losses_and_the_gradient_of_one(tmp_path):
+    torch.multiprocessing.spawn(_step, (str(tmp_path),), nprocs=2)
+    for projector in ("DEDR", "JEJR"):
+        model = many_experts(projector)
+        losses = model(collate(small_batch()))
+        losses.total.backward()
+        for rank in range(2):
+            theirs, gradients = torch.load(tmp_path / f"{projector}{rank}.pt")
+            close(theirs, torch.stack(losses[:4]), atol=1e-6)
+            assert len(gradients) == sum(p.requires_grad for p in model.parameters())
+            for name, gradient in gradients.items():
+                close(gradient, model.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
+        idle = [
+            not any(p.grad.any() for p in e.parameters()) for s in model.projector.smops.values() for e in s.experts
+        ]
+        assert any(idle)  # some expert had no token
+
+
 def test_padding_does_not_reach_the_losses():
     model = small_model().eval()
     batch = collate(small_batch())
@@ -472,7 +611,10 @@ def test_frozen_parts_are_named_not_saved(published, tmp_path):
     model = published[0]
     model.save(tmp_path)
     names = load_file(tmp_path / "model.safetensors").keys()
-    assert {name.split(".")[0] for name in names} == {"projector", "llm", "new_tokens"}
+    assert {name.split(".")[0] for name in names} == {"projector", "llm", "new_tokens", "video_encoder"}
+    assert all(
+        ".bn" in name or "3D.1." in name or "downsample.1." in name for name in names if name.startswith("video")
+    )
     assert all("lora" in name for name in names if name.startswith("llm"))
     batch = collate(small_batch(texts=("w1 w2", "w3", "w4")))
     close(model(batch).total, LlamaSMoP.load(tmp_path)(batch).total)
@@ -494,10 +636,208 @@ def test_trained_video_encoder_serves_another_run(tmp_path):
     assert not any(p.requires_grad for p in second.video_encoder.parameters())
 
 
+@pytest.mark.parametrize("projector", ["MLP", "JEJR", "JEDR", "DEDR"])
+@pytest.mark.parametrize("task", ["asr", "vsr"])
+def test_avsr_run_serves_one_modality(tmp_path, projector, task):
+    model = small_model(projector=projector).eval()
+    model.save(tmp_path)
+    part = LlamaSMoP.load(tmp_path, task=task)
+    (kind,) = part.kinds
+    assert len(part.projector.smops) == 1 and not hasattr(part, {"asr": "video_encoder", "vsr": "audio_encoder"}[task])
+    batch = collate(small_batch())
+    features, _, routing = part.project(batch)
+    expected, _, expected_routing = model.project(batch)
+    close(features[kind], expected[kind])
+    close(routing[kind].logits, expected_routing[kind].logits)
+    part.save(tmp_path / "part")
+    with pytest.raises(ValueError, match=f"part: trained on {task}, which lacks what avsr needs"):
+        LlamaSMoP.load(tmp_path / "part", task="avsr")
+
+
+def write_whisper(folder, **settings):
+    """A whole Whisper as the hub has it, decoder included."""
+    from transformers import (
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+    )
+
+    sizes = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32, "init_std": 0.2}
+    whisper = WhisperForConditionalGeneration(WhisperConfig(**WHISPER | sizes | settings)).eval()
+    whisper.save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=whisper.config.num_mel_bins).save_pretrained(folder)
+    return whisper
+
+
+@pytest.mark.parametrize("mels, vocab", [(80, 51864), (80, 51865), (128, 51866)])  # .en, the others, large-v3
+def test_any_whisper(tmp_path, mels, vocab):
+    from transformers import WhisperFeatureExtractor
+
+    whisper = write_whisper(tmp_path, vocab_size=vocab, num_mel_bins=mels)
+    encoder, log_mel = load_whisper(tmp_path)
+    model = small_model("asr", audio_window="30s")
+    model.audio_encoder, model.log_mel = encoder, log_mel
+    batch = collate(small_batch("asr", seconds=[1.0], texts=["lay"]))
+    mel = WhisperFeatureExtractor(feature_size=mels)(
+        batch["audio"][0].numpy(), sampling_rate=16000, return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = whisper.model.encoder(mel.input_features).last_hidden_state[:, :50]
+    assert mel.input_features.shape[1] == mels and not any(p.requires_grad for p in encoder.parameters())
+    close(model.encode_audio(batch, torch.tensor([50])), expected, atol=1e-4)
+
+
+def byte_level_tokenizer(folder):
+    """As Llama-3 and SmolLM2: byte-level BPE which, asked for special tokens, puts BOS first."""
+    from tokenizers import ByteLevelBPETokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(["lay blue at a one now"], 280, special_tokens=["<|begin|>", "<|end|>"])
+    tokenizer.post_processor = processors.TemplateProcessing("<|begin|> $A", special_tokens=[("<|begin|>", 0)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>").save_pretrained(
+        folder
+    )
+
+
+WORDS = ["<unk>", "<s>", "</s>", "lay", "blue", "at", "a", "now"]
+TOKENIZERS = {
+    "no pad": lambda folder: write_tokenizer(folder, WORDS, unk_token="<unk>", bos_token="<s>", eos_token="</s>"),
+    "no bos": lambda folder: write_tokenizer(folder, WORDS, unk_token="<unk>", eos_token="</s>"),
+    "pad is eos": lambda folder: write_tokenizer(folder, WORDS, bos_token="<s>", eos_token="</s>", pad_token="</s>"),
+    "pad is unk": lambda folder: write_tokenizer(folder, WORDS, unk_token="<unk>", eos_token="</s>", pad_token="<unk>"),
+    "sentencepiece": lambda folder: train_tokenizer(["lay blue at a now"], 60).save_pretrained(folder),
+    "byte-level": byte_level_tokenizer,
+}
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("tied, spare", [(True, 0), (True, 3), (False, 0), (False, 64)])  # spare: rows without a token
+def test_any_llama(tmp_path, tokenizer, tied, spare):
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    TOKENIZERS[tokenizer](tmp_path / "llm")
+    plain = AutoTokenizer.from_pretrained(tmp_path / "llm")
+    rows = len(plain) + spare
+    llm = LlamaForCausalLM(LlamaConfig(**LLM, vocab_size=rows, tie_word_embeddings=tied))
+    llm.save_pretrained(tmp_path / "llm")
+    torch.manual_seed(0)
+    model = LlamaSMoP("asr", tmp_path / "llm", WHISPER, audio_window="clip", prompt="at").eval()
+    model.save(tmp_path / "run")
+    batch = collate(small_batch("asr", texts=("lay blue", "a now", "at")))
+    for one in (model, LlamaSMoP.load(tmp_path / "run")):
+        ends = one.llm.get_input_embeddings().weight, one.llm.get_output_embeddings().weight
+        assert (ends[0] is ends[1]) == tied and len(ends[0]) == max(rows, len(plain) + 5)
+        if rows == len(plain):
+            assert torch.equal(ends[0][:rows], llm.get_input_embeddings().weight)
+        assert one.tokenizer.convert_tokens_to_ids(["<pad>", *MARKERS]) == list(range(len(plain), len(plain) + 5))
+        close(one(batch).total, model(batch).total)
+    _, mask, labels, _ = model.embed(batch, batch["texts"])
+    counts = {"audio": torch.tensor([2, 1, 3])}
+    ids, labels = model.token_ids(counts, batch["texts"])
+    begin = [] if plain.bos_token_id is None else [plain.bos_token_id]
+    for row, target, count, text in zip(ids.tolist(), labels.tolist(), counts["audio"], batch["texts"]):
+        text = [*plain(text, add_special_tokens=False).input_ids, plain.eos_token_id]
+        prompt = plain("at", add_special_tokens=False).input_ids
+        expected = [*begin, len(plain) + 1, *[-1] * int(count), len(plain) + 2, *prompt, *text]
+        assert row == expected + [len(plain)] * (len(row) - len(expected))
+        assert [t for t in target if t != -100] == text and (len(plain) in row) == (len(row) > len(expected))
+    lengths = [
+        model.embed(collate([item]), [item["text"]])[0].shape[1] for item in small_batch("asr", texts=batch["texts"])
+    ]
+    assert mask.sum(1).tolist() == lengths  # EOS is not taken for padding
+    alone = [model.generate(collate([item]), max_new_tokens=5)[0] for item in small_batch("asr")]
+    assert model.generate(batch, max_new_tokens=5) == alone
+
+
+@pytest.mark.parametrize("projector", ["JEJR", "MLP"])
+def test_published_form_of_a_tied_llm(tmp_path, projector):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    write_tokenizer(tmp_path / "llm", WORDS, bos_token="<s>", eos_token="</s>")
+    LlamaForCausalLM(LlamaConfig(**LLM, vocab_size=len(WORDS), tie_word_embeddings=True)).save_pretrained(
+        tmp_path / "llm"
+    )
+    write_whisper(tmp_path / "whisper")
+    parts = tmp_path / "llm", tmp_path / "whisper"
+    model = LlamaSMoP("asr", *parts, projector=projector, num_experts=3, dim_hidden=20, lora_rank=2).eval()
+    with torch.no_grad():
+        for parameter in [*model.llm.parameters(), *model.projector.parameters()]:
+            if parameter.requires_grad:
+                parameter.uniform_(-0.5, 0.5)
+        model.llm.get_input_embeddings().weight[len(WORDS) :].uniform_(-0.5, 0.5)  # the added tokens
+    save_published(model, tmp_path / "a.pth")
+    again = LlamaSMoP.from_published(tmp_path / "a.pth", *parts)
+    batch = collate(small_batch("asr"))
+    close(again(batch).lm, model(batch).lm)
+    assert again.llm.get_output_embeddings().weight is again.llm.get_input_embeddings().weight
+    state = torch.load(tmp_path / "a.pth", weights_only=True)
+    state["llm.lm_head.weight"] = (
+        state["llm.lm_head.weight"] + F.one_hot(torch.tensor(len(WORDS)), len(WORDS) + 5)[:, None]
+    )
+    torch.save(state, tmp_path / "untied.pth")
+    with pytest.raises(ValueError, match="untied.pth: llm.model.embed_tokens.weight is frozen"):
+        LlamaSMoP.from_published(tmp_path / "untied.pth", *parts)
+
+
+def test_decoding_is_ours_whatever_the_checkpoint_prefers(tmp_path):
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    write_tokenizer(tmp_path, WORDS, bos_token="<s>", eos_token="</s>")
+    torch.manual_seed(3)
+    llm = LlamaForCausalLM(LlamaConfig(**LLM, vocab_size=len(WORDS)))
+    llm.generation_config = GenerationConfig(do_sample=True, top_k=3, repetition_penalty=9.0, no_repeat_ngram_size=1)
+    llm.save_pretrained(tmp_path)
+    model = LlamaSMoP("asr", tmp_path, WHISPER, audio_window="clip").eval()
+    batch = collate(small_batch("asr", seconds=[1.0], texts=["lay"]))
+    embeddings, ids = model.embed(batch)[0], []
+    for _ in range(8):
+        ids.append(int(model.llm(inputs_embeds=embeddings).logits[0, -1].argmax()))
+        embeddings = torch.cat([embeddings, model.llm.get_input_embeddings()(torch.tensor([ids[-1:]]))], 1)
+    assert len(set(ids)) < len(ids)  # the penalties would have changed this
+    expected = model.tokenizer.decode(ids[: ids.index(2)] if 2 in ids else ids, skip_special_tokens=True)
+    assert model.generate(batch, max_new_tokens=8) == [expected]
+
+
+@pytest.mark.parametrize("part", ["llm", "run"])
+def test_folder_that_brings_code_is_refused(tmp_path, part, monkeypatch):
+    """transformers would ask on the terminal whether to run it."""
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    model = small_model("asr")
+    model.save(tmp_path / "run")
+    write_tokenizer(tmp_path / "llm", WORDS, eos_token="</s>")
+    folder = tmp_path / part
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if part == "llm":
+        config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
+        (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        LlamaSMoP.load(folder) if part == "run" else LlamaSMoP("asr", folder, WHISPER, tokenizer=model.tokenizer)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_nothing_unpickles_freely():
+    for path in HERE.glob("*.py"):
+        if path.name != "test_smop.py":
+            text = path.read_text()
+            assert text.count("torch.load(") == len(re.findall(r"torch\.load\([^)]*weights_only=True", text)), path
+            assert not re.search(r"import pickle|allow_pickle|weights_only=False|trust_remote_code=True", text), path
+
+
 def test_clear_errors_of_the_model(tmp_path):
     model = small_model("asr")
     with pytest.raises(ValueError, match="long: longer than Whisper's 30 s"):
-        model({"ids": ["long"], "texts": ["lay"], "audio": torch.zeros(1, 480640), "audio_lengths": torch.tensor([480640])})
+        model(
+            {
+                "ids": ["long"],
+                "texts": ["lay"],
+                "audio": torch.zeros(1, 480640),
+                "audio_lengths": torch.tensor([480640]),
+            }
+        )
     model = small_model("vsr")
     with pytest.raises(ValueError, match="0: too short for video pooling by 2"):
         model(collate(small_batch("vsr", seconds=[0.04], texts=["lay"])))
@@ -508,6 +848,33 @@ def test_clear_errors_of_the_model(tmp_path):
     model.save(tmp_path / "run")
     with pytest.raises(ValueError, match="model.safetensors: .*gate.weight: the model has.*the file"):
         LlamaSMoP.load(tmp_path / "run", num_experts=3)
+
+
+def test_frozen_matrices_in_bf16_cost_no_more_than_autocast():
+    clips, load = load_corpus("synthetic", "test")
+    torch.manual_seed(0)
+    model = LlamaSMoP(
+        "avsr", LLM, WHISPER, AVHUBERT, train_tokenizer([clip.text for clip in clips]), audio_window="clip"
+    )
+    for part in (model.audio_encoder, model.video_encoder, model.llm):
+        part.requires_grad_(False)
+    model.llm = add_lora(model.llm)
+    batch = collate([ClipDataset(clips[:2], load, "avsr")[i] for i in range(2)])
+    gradients = []
+    for autocast, half in ((False, False), (True, False), (True, True)):
+        if half:
+            model.halve_frozen()
+        model.train().zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            model(batch).total.backward()
+            assert len(model.eval().generate_ids(batch, 2, max_new_tokens=4)) == 2
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    assert (
+        model.llm.lm_head.weight.dtype == torch.bfloat16
+        and model.projector.smops["audio"].gate.weight.dtype == torch.float32
+    )
+    exact, autocast, half = gradients
+    assert 0 < (half - exact).norm() < 1.5 * (autocast - exact).norm()
 
 
 # --- data.py -----------------------------------------------------------------------------------------------------
@@ -572,7 +939,11 @@ def test_batches_lose_and_repeat_no_clip(world):
 def test_synthetic_corpus_is_what_it_says():
     splits = {split: load_corpus("synthetic", split)[0] for split in ("train", "valid", "test")}
     texts = {split: {clip.text for clip in clips} for split, clips in splits.items()}
-    assert not texts["train"] & texts["test"] and not texts["train"] & texts["valid"] and not texts["valid"] & texts["test"]
+    assert (
+        not texts["train"] & texts["test"]
+        and not texts["train"] & texts["valid"]
+        and not texts["valid"] & texts["test"]
+    )
     clip = splits["test"][0]
     audio, video = (data.synthetic_media(clip, kind) for kind in ("audio", "video"))
     assert audio.shape == (640 * clip.frames,) and audio.dtype == np.float32
@@ -589,7 +960,9 @@ def write_media(path, seconds=1.0, fps=25, size=96, rate=16000, channels=1, audi
             stream.width = stream.height = size
             stream.pix_fmt = "yuv420p"
             frames = [
-                av.VideoFrame.from_ndarray(np.full((size, size), 40 + 160 * t / (fps * seconds), np.uint8), format="gray")
+                av.VideoFrame.from_ndarray(
+                    np.full((size, size), 40 + 160 * t / (fps * seconds), np.uint8), format="gray"
+                )
                 for t in range(round(fps * seconds))
             ]
             for t, frame in enumerate(frames):
@@ -624,15 +997,49 @@ def test_any_rate_becomes_25_fps_and_16_khz(tmp_path, fps, rate, channels):
     assert onset == pytest.approx(0.5, abs=0.03)
 
 
+def test_video_is_turned_upright(tmp_path):
+    with av.open(str(tmp_path / "lying.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 128, 64, "yuv420p"
+        picture = np.zeros((64, 128), np.uint8)
+        picture[:32, :64] = 200  # top left
+        for t in range(3):
+            frame = av.VideoFrame.from_ndarray(picture, format="gray")
+            frame.pts, frame.time_base = t, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    content = bytearray((tmp_path / "lying.mp4").read_bytes())
+    matrix = content.index(b"tkhd") + 44  # of the track: a quarter turn clockwise, in 16.16 (and 2.30) fixed point
+    content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 64 << 16, 0, 1 << 30)
+    (tmp_path / "held.mp4").write_bytes(content)
+    lying, held = data.load_video(tmp_path / "lying.mp4"), data.load_video(tmp_path / "held.mp4")
+    assert lying.shape == (3, 64, 128) and np.array_equal(held, np.rot90(lying, -1, (1, 2)))  # top right now
+
+
+def test_huge_picture_is_refused(tmp_path):
+    """A hundred megapixels in a hundred kilobytes."""
+    row = zlib.compress(bytes(10001) * 10000)
+    chunks = [(b"IHDR", struct.pack(">2I5B", 10000, 10000, 8, 0, 0, 0, 0)), (b"IDAT", row), (b"IEND", b"")]
+    png = b"".join(struct.pack(">I", len(x)) + kind + x + struct.pack(">I", zlib.crc32(kind + x)) for kind, x in chunks)
+    (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + png)
+    with pytest.raises(ValueError, match="huge.png: 10000x10000 pixels, at most 9437184 are read"):
+        data.load_video(tmp_path / "huge.png")
+
+
 def test_manifests(tmp_path):
     (tmp_path / "test.csv").write_text('id,path,frames,text\na,a.mp4,25,"one, two"\nb,s/b.mp4,30,three\n')
     clips = read_manifest(tmp_path / "test.csv")
-    assert [tuple(c) for c in clips] == [("a", tmp_path / "a.mp4", 25, "one, two"), ("b", tmp_path / "s/b.mp4", 30, "three")]
+    assert [tuple(c) for c in clips] == [
+        ("a", tmp_path / "a.mp4", 25, "one, two"),
+        ("b", tmp_path / "s/b.mp4", 30, "three"),
+    ]
     # auto_avsr's labels
     (tmp_path / "labels").mkdir()
     (tmp_path / "lrs3" / "lrs3_text_seg24s" / "x").mkdir(parents=True)
     (tmp_path / "lrs3" / "lrs3_text_seg24s" / "x" / "1.txt").write_text("HELLO THERE\n")
-    (tmp_path / "labels" / "l.csv").write_text("lrs3,lrs3_video_seg24s/x/1.mp4,50,12 7 88\nlrs3,lrs3_video_seg24s/x/2.mp4,30,plain text\n")
+    (tmp_path / "labels" / "l.csv").write_text(
+        "lrs3,lrs3_video_seg24s/x/1.mp4,50,12 7 88\nlrs3,lrs3_video_seg24s/x/2.mp4,30,plain text\n"
+    )
     clips = read_manifest(tmp_path / "labels" / "l.csv")
     assert clips[0].path == tmp_path / "lrs3" / "lrs3_video_seg24s/x/1.mp4"
     assert [c.text for c in clips] == ["HELLO THERE", "plain text"] and clips[0].id == "lrs3_video_seg24s/x/1"
@@ -692,6 +1099,140 @@ def test_nan_audio_is_refused(tmp_path):
         data.load_audio(tmp_path / "nan.wav")
 
 
+# --- bench.py ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_beams", [1, 4])
+def test_shared_prefix_decodes_as_the_published_way(num_beams):
+    clips, load = load_corpus("synthetic", "test")
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer([clip.text for clip in clips])
+    model = LlamaSMoP("avsr", LLM, WHISPER, AVHUBERT, tokenizer, audio_window="clip").eval()
+    items = [ClipDataset(clips[:3], load, "avsr")[i] for i in range(3)]
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6}
+    alone = bench.one_by_one(model, items, num_beams, **settings)
+    assert torch.equal(model.generate_ids(collate(items), num_beams, **settings), alone)
+    assert len(set(map(tuple, alone.tolist()))) > 1
+
+
+def test_bench_compares_equal_things(monkeypatch):
+    monkeypatch.setattr(bench, "D", 8), monkeypatch.setattr(bench, "H", 8), monkeypatch.setattr(bench, "O", 8)
+    compare = bench.compare
+    monkeypatch.setattr(bench, "compare", lambda functions, device, *_, **__: compare(functions, device, 0, 1))
+    rows = bench.bench_projector(torch.device("cpu"), torch.float32)  # compares their outputs as well
+    assert {"smop.py", "where loop"} <= rows[0].keys() and all(row["smop.py"] > 0 for row in rows)
+    assert [row["experts"] for row in bench.bench_experts(torch.device("cpu"), torch.float32)] == [4, 8, 16, 32, 64] * 2
+
+
+def damaged_clips(folder, count):
+    """(kind of damage, path, whether it must be refused) of `count` media files and what can be wrong with them."""
+    folder.mkdir(exist_ok=True)
+    rng = random.Random(0)
+    good = write_media(folder / "good.mp4").read_bytes()
+    made = {"mute": dict(audio=False), "blind": dict(video=False), "one frame": dict(seconds=0.04), "7 fps": dict(fps=7),
+            "96 kHz": dict(rate=96000), "8 kHz": dict(rate=8000), "stereo": dict(channels=2)}  # fmt: skip
+    if count > 100:
+        made["long"] = dict(seconds=600)
+    refused = ("mute", "blind", "one frame", "long")
+    for name, settings in made.items():
+        yield name, write_media(folder / f"{name}.mp4", **settings), name in refused
+    for name, samples in {
+        "silent": np.zeros(16000), "clipped": np.full(16000, 40.0), "nan": np.full(16000, np.nan),
+        "loud": np.full(16000, 1e38),
+    }.items():  # fmt: skip
+        write_media(folder / f"{name}.mp4")
+        with av.open(str(folder / f"{name}.wav"), "w") as container:
+            stream = container.add_stream("pcm_f32le", rate=16000, layout="mono")
+            frame = av.AudioFrame.from_ndarray(samples.astype(np.float32)[None], "flt", "mono")
+            frame.sample_rate = 16000
+            container.mux(stream.encode(frame))
+        yield name, folder / f"{name}.mp4", name in ("nan", "loud")
+    (folder / "folder.mp4").mkdir(exist_ok=True)
+    yield "a folder", folder / "folder.mp4", True
+    (folder / "good.png").write_bytes(good)
+    yield "wrong extension", folder / "good.png", False
+    for i in range(count - 6 - len(made)):
+        kind = ("truncated", "bits", "zeros", "noise")[i % 4]
+        content = bytearray(good)
+        if kind == "truncated":
+            del content[rng.randrange(len(content)) :]
+        elif kind == "noise":
+            content[:] = rng.randbytes(rng.randrange(5000))
+        for _ in range(rng.choice((1, 10, 200)) if kind == "bits" else 0):
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        if kind == "zeros":
+            start, length = rng.randrange(len(content)), rng.choice((4, 100, 2000))
+            content[start : start + length] = bytes(len(content[start : start + length]))
+        path = folder / f"{i}.mp4"
+        path.write_bytes(content)
+        yield kind, path, kind == "noise"
+
+
+def check_damaged_clips(folder, count):
+    """Each is refused with its name, or read at the length its manifest states: {kind: [read, refused]}."""
+    figures = {}
+    for kind, path, must in damaged_clips(folder, count):
+        clip, refused = data.Clip(path.stem, path, 25, "text"), 0
+        begin = time.time()
+        for what, shape in (("audio", (16000,)), ("video", (25, 96, 96))):
+            try:
+                read = data.load_media(clip, what)
+            except (ValueError, FileNotFoundError) as error:
+                assert path.stem in str(error)
+                refused = 1
+            else:
+                assert read.shape == shape and (what == "video" or data.transform_audio(read).isfinite().all())
+        assert refused or not must, path
+        assert time.time() - begin < 60, path
+        figures.setdefault(kind, [0, 0])[refused] += 1
+    return figures
+
+
+def test_damaged_clips_are_read_whole_or_refused_by_name(tmp_path):
+    assert sum(map(sum, check_damaged_clips(tmp_path, 54).values())) == 54
+
+
+@pytest.mark.slow
+def test_500_damaged_clips_are_read_whole_or_refused_by_name(tmp_path):
+    figures = check_damaged_clips(tmp_path, 500)
+    print(figures, [sum(column) for column in zip(*figures.values())])  # with pytest -s: read, refused
+
+
+def test_a_corpus_is_checked_as_a_whole(tmp_path, monkeypatch, capsys):
+    for name in ("a", "b", "c"):
+        write_media(tmp_path / f"{name}.mp4", size=64 if name == "b" else 96)
+    rows = [
+        'a,a.mp4,25,"one, two"',
+        "b,b.mp4,25,three",
+        "c,c.mp4,40,four",
+        "a,a.mp4,25,again",
+        "d,d.mp4,25, ",
+        "e,e,1,x,y",
+    ]
+    (tmp_path / "test.csv").write_text("\n".join(["id,path,frames,text", *rows]) + "\n")
+    monkeypatch.setattr(sys, "argv", ["data.py", str(tmp_path)])
+    with pytest.raises(SystemExit, match="1|True"):
+        data.main()
+    faults = capsys.readouterr().out.splitlines()
+    assert len(faults) == 6 and faults[-1] == "5 faults"
+    for fault, words in zip(
+        faults, ("b.mp4: mouth", "c.mp4: 1.0", "'a' stands for several", ":6: empty", ":7: expected")
+    ):
+        assert words in fault
+    assert len((tmp_path / "test.csv").read_text().splitlines()) == 7  # only changed when asked
+    assert len(data.check_corpus(tmp_path, clean=True)) == 5 and not data.check_corpus(tmp_path)
+    assert [c.id for c in read_manifest(tmp_path / "test.csv")] == ["a"] and (tmp_path / "test.csv.old").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe\x00", b'id,path,frames,text\na,a,"1', b"id,path,frames,text\na,a,\xb2,t"]
+)
+def test_manifests_that_are_no_text_are_refused(tmp_path, content):
+    (tmp_path / "m.csv").write_bytes(content)
+    with pytest.raises(ValueError, match="m.csv"):
+        read_manifest(tmp_path / "m.csv")
+
+
 # --- prepare.py --------------------------------------------------------------------------------------------------
 
 
@@ -715,6 +1256,82 @@ def test_similarity_and_gaps():
     assert prepare.fill_gaps(landmarks)[:, 0, 0].tolist() == [10, 10, 15, 20, 20]
     with pytest.raises(ValueError, match="no face"):
         prepare.fill_gaps(np.full((5, 68, 2), -1))
+
+
+def test_missing_dlib_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dlib", None)
+    prepare._dlib.cache_clear()
+    with pytest.raises(SystemExit, match="dlib: pip install -r requirements-extra.txt"):
+        prepare.find_landmarks([])
+    prepare._dlib.cache_clear()
+
+
+@needs_golden
+def test_larger_face_is_followed():
+    """Two faces; the larger is covered for 3 frames, which must not lead to the other, and later for good."""
+    pytest.importorskip("dlib", reason="dlib is not installed: pip install -r requirements-extra.txt")
+    large, small = (
+        np.stack(list(data.video_frames(GOLDEN.parent / "grid" / "video" / f"{name}.mp4", "rgb24"))[:24])
+        for name in ("pgak2n", "sgwqzp")
+    )
+    rows, columns = np.arange(0, 288, 1.25).astype(int), np.arange(0, 360, 1.25).astype(int)
+    frames = np.zeros((24, 288, 360 + len(columns), 3), np.uint8)
+    frames[:, : len(rows), 360:] = small[:, rows][:, :, columns]
+    shown = [0, 1, 2, 6, 7]
+    frames[shown, :, :360] = large[shown]
+    x = prepare.find_landmarks(frames)[:, :, 0]
+    assert all((x[t] > 0).all() and (x[t] < 360).all() for t in shown)
+    assert all((x[t] == -1).all() for t in [3, 4, 5, *range(8, 20)])
+    assert all((x[t] >= 360).all() for t in range(20, 24))
+
+
+# --- transcribe.py -----------------------------------------------------------------------------------------------
+
+
+def speech(seconds, pauses, rng=np.random.default_rng(0)):
+    """Noise with silent stretches (start, end) in seconds."""
+    audio = rng.normal(0, 0.1, round(seconds * 16000)).astype(np.float32)
+    for start, end in pauses:
+        audio[round(start * 16000) : round(end * 16000)] = 0
+    return audio
+
+
+def test_long_clips_are_cut_at_pauses():
+    pauses = [(9, 9.4), (22, 22.4), (29.5, 29.9), (50, 50.4), (79, 79.4)]
+    cuts = transcribe.find_cuts(2150, speech(86, pauses))
+    assert [any(a <= cut / 25 <= b for a, b in pauses) for cut in cuts[1:-1]] == [True] * (len(cuts) - 2)
+    assert cuts[0] == 0 and cuts[-1] == 2150 and len(cuts) == 5
+    rng = np.random.default_rng(1)
+    for frames in (1, 50, 51, 75, 749, 750, 751, 775, 1501, 5000):
+        for audio in (None, speech(frames / 25, [], rng)):
+            for longest in (50, 750):
+                pieces = np.diff(transcribe.find_cuts(frames, audio, longest))
+                assert pieces.sum() == frames and pieces.max() <= longest and (frames == 1 or pieces.min() >= 25)
+    assert transcribe.find_cuts(1501) == [0, 500, 1001, 1501]
+
+
+def test_long_clip_is_its_pieces(tmp_path, monkeypatch):
+    """A silent piece is empty; the others are what they are alone, sound and lips cut at the same places."""
+    monkeypatch.setattr(transcribe, "find_mouths", data.load_video)
+    monkeypatch.setattr(transcribe, "MAX_TOKENS", 6)
+    model = small_model().eval()
+    write_media(tmp_path / "long.mp4", seconds=80, audio=False)
+    prepare.write_audio(tmp_path / "long.wav", speech(80, [(20, 20.5), (29, 60)]))
+    segments = transcribe.transcribe(model, tmp_path / "long.mp4")
+    cuts = [0.0, *(s["end"] for s in segments)]
+    assert [s["start"] for s in segments] == cuts[:-1] and cuts[-1] == 80 and "" in [s["text"] for s in segments]
+    audio, mouths = data.load_audio(tmp_path / "long.wav"), data.load_video(tmp_path / "long.mp4")
+    for segment in segments:
+        frames = slice(round(25 * segment["start"]), round(25 * segment["end"]))
+        piece = audio[640 * frames.start : 640 * frames.stop]
+        item = {"id": "a", "text": "", "audio": data.transform_audio(piece)[:, 0]}
+        item["video"] = data.transform_video(mouths[frames]).transpose(0, 1)
+        expected = model.generate(collate([item]), max_new_tokens=6)[0] if piece.any() else ""
+        assert segment["text"] == expected
+    assert any(s["text"] for s in segments)
+    prepare.write_audio(tmp_path / "long.wav", speech(82, []))
+    with pytest.raises(ValueError, match="long.mp4: 82.0 s of sound, but 80.0 s of video; --task asr or vsr"):
+        transcribe.transcribe(model, tmp_path / "long.mp4")
 
 
 # --- the commands ------------------------------------------------------------------------------------------------
@@ -751,26 +1368,81 @@ TINY = (
 )  # fmt: skip
 
 
+def train_here(folder, *arguments):
+    train.train(*train.parse_args(list(map(str, [*TINY, "--eval-snr", "clean", "--out", folder, *arguments]))))
+
+
+def test_numbers_gone_bad_stop_the_run(corpus, tmp_path, monkeypatch, capsys):
+    """A loss that is no number, then a gradient without end: the clips are named, the checkpoint stays."""
+    honest = LlamaSMoP.forward
+    faults = {"nan": lambda total: total * math.nan, "inf": lambda total: total + (total - total.detach()).sqrt()}
+    for name, fault in faults.items():
+        calls = []
+
+        def forward(model, batch, group=None):
+            calls.extend([batch["ids"]] * model.training)
+            losses = honest(model, batch, group)
+            return losses._replace(total=fault(losses.total)) if len(calls) > 5 else losses
+
+        monkeypatch.setattr(LlamaSMoP, "forward", forward)
+        with pytest.raises(SystemExit, match="error: .* after 5 steps; the last checkpoint is kept; clips of") as stop:
+            train_here(tmp_path / name, "--data", corpus, "--task", "asr", "--save-every", 1, "--epochs", 4)
+        assert str(stop.value).endswith(", ".join(calls[-1])) and len(metrics(tmp_path / name)) >= 5
+        assert torch.load(tmp_path / name / "checkpoint.pt")["step"] == 5
+
+
+def test_collapsed_router_is_warned_about(corpus, tmp_path, monkeypatch, capsys):
+    train_here(tmp_path / "mlp", "--data", corpus, "--epochs", 1, "--projector", "mlp")
+    assert "collapsed" not in capsys.readouterr().out
+    route = SMoP.route
+    everything_to_two = lambda *args: route(*args)._replace(
+        experts=torch.tensor([1, 2]).expand_as(route(*args).experts)
+    )  # noqa: E731
+    monkeypatch.setattr(SMoP, "route", everything_to_two)
+    train_here(tmp_path / "dedr", "--data", corpus, "--epochs", 1)
+    assert capsys.readouterr().out.count("warning: a router has collapsed") == 2  # one a modality
+
+
 def test_killed_run_resumes_bit_by_bit(corpus, tmp_path):
     """A run killed in the middle of an epoch and resumed equals an unbroken one; the WER of its folder repeats."""
-    common = ("train.py", "--data", corpus, *TINY, "--save-every", 2, "--average", 2, "--epochs", 8, "--eval-snr", "clean 0")
+    common = (
+        "train.py",
+        "--data",
+        corpus,
+        *TINY,
+        "--save-every",
+        2,
+        "--average",
+        2,
+        "--epochs",
+        8,
+        "--eval-snr",
+        "clean 0",
+    )
     run(*common, "--out", tmp_path / "whole")
     process = subprocess.Popen([sys.executable, *map(str, common), "--out", tmp_path / "broken"], cwd=HERE, env=ENV)
-    metrics = tmp_path / "broken" / "metrics.jsonl"
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 8:
+    log = tmp_path / "broken" / "metrics.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < 8:
         assert process.poll() is None
         time.sleep(0.005)
+    with pytest.raises(ValueError, match="broken: another process is training this run"):
+        train.hold(tmp_path / "broken")
     process.kill()
     process.wait()
     assert not (tmp_path / "broken" / "results.json").exists()
-    run("train.py", "--resume", tmp_path / "broken")
-    whole, broken = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
-    assert whole.keys() == broken.keys() and all(torch.equal(whole[name], broken[name]) for name in whole)
-    logs = [
-        [(m["step"], m.get("total"), m.get("valid_lm")) for m in map(json.loads, open(tmp_path / name / "metrics.jsonl"))]
-        for name in ("whole", "broken")
-    ]
-    assert logs[0] == logs[1] and len(logs[0]) > 6
+    resume = ("train.py", "--resume", tmp_path / "broken")
+    lines = len(log.read_text().splitlines())
+    process = subprocess.Popen(
+        [sys.executable, *map(str, resume)], cwd=HERE, env=ENV, stderr=subprocess.PIPE, text=True
+    )
+    while len(log.read_text().splitlines()) < lines + 3:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    assert f"interrupted; continue with: python train.py --resume {tmp_path / 'broken'}\n" in process.communicate()[1]
+    assert process.returncode == 1 and not (tmp_path / "broken" / "results.json").exists()
+    run(*resume)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
     results = json.loads((tmp_path / "whole" / "results.json").read_text())
     assert results["task"] == "avsr" and results["clips"] == 4 and set(results["wer"]) == {"clean", "0"}
@@ -778,16 +1450,126 @@ def test_killed_run_resumes_bit_by_bit(corpus, tmp_path):
     assert sum(results["routing"]["audio"]["usage"]) == pytest.approx(2, abs=1e-3)
     lines = [json.loads(line) for line in open(tmp_path / "whole" / "hypotheses.jsonl")]
     assert len(lines) == 8 and lines[0].keys() == {"snr", "id", "reference", "hypothesis"}
+    printed = (tmp_path / "whole" / "results.json").read_text(), (tmp_path / "whole" / "hypotheses.jsonl").read_text()
     run("eval.py", tmp_path / "whole", "--snr", "clean", "0", "--device", "cpu")
-    assert json.loads((tmp_path / "whole" / "results.json").read_text())["wer"] == results["wer"]
+    assert json.loads((tmp_path / "whole" / "results.json").read_text()) == json.loads(printed[0])
+    assert (tmp_path / "whole" / "hypotheses.jsonl").read_text() == printed[1]
+
+    # The size of the batches, the order of the clips and the workers change no hypothesis.
+    model, (clips, load) = LlamaSMoP.load(tmp_path / "whole"), load_corpus("synthetic", "test")
+    shuffled = random.Random(0).sample(clips[:12], 12)
+    decodings = [
+        {line["id"]: line["hypothesis"] for line in evaluate(model, *arguments)[1]}
+        for arguments in (
+            (clips[:12], load, None, (None,), 1, 1), (shuffled, load, None, (None,), 1, 130, 2), (shuffled, load),
+        )
+    ]  # fmt: skip
+    assert decodings[0] == decodings[1] == decodings[2] and len(set(decodings[0].values())) > 2
 
 
-def test_two_processes_train_together(corpus, tmp_path):
-    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29500 + os.getpid() % 1000)
-    run(*torchrun, "train.py", "--data", corpus, *TINY, "--epochs", 2, "--eval-snr", "clean", "--out", tmp_path)
-    steps = [json.loads(line) for line in open(tmp_path / "metrics.jsonl")]
-    assert [m["step"] for m in steps if "total" in m] == list(range(1, 1 + steps[-1]["step"]))
-    assert json.loads((tmp_path / "results.json").read_text())["clips"] == 4
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(a, b):
+    """Equal weights, losses and results, bit by bit."""
+    weights, others = (load_file(folder / "model.safetensors") for folder in (a, b))
+    assert weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
+    times = {"clips_per_s", "waited"}
+    logs = [[{k: v for k, v in m.items() if k not in times} for m in metrics(folder)] for folder in (a, b)]
+    assert logs[0] == logs[1] and len(logs[0]) > 6
+    for name in ("results.json", "hypotheses.jsonl"):
+        assert (a / name).read_text() == (b / name).read_text()
+
+
+DIE_WRITING = """
+import os, torch, train
+whole = torch.save
+def half(state, path):
+    whole(state, path)
+    if state["step"] % 3 == 2:
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), 9)
+torch.save = half
+train.main()
+"""
+
+
+@pytest.mark.slow
+def test_twenty_kills_cost_nothing(corpus, tmp_path):
+    """Killed at random moments of training, while a checkpoint is being written, and in the evaluation."""
+    dropout = json.dumps(AVHUBERT | {"dropout": 0.2})
+    common = ("train.py", "--data", corpus, *TINY, "--video-encoder", dropout, "--workers", 1, "--max-frames", 100,
+              "--epochs", 60, "--average", 2, "--save-every", 1, "--eval-snr", "clean 5 0 -5")  # fmt: skip
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(*common, "--out", whole)
+    rng = random.Random(0)
+    command = (*common, "--out", broken)
+    for when in rng.sample(["parameters are trained"] * 12 + ["a write"] * 4, 16) + ["evaluating"] * 4:
+        if when == "a write":
+            done = subprocess.run([sys.executable, "-c", DIE_WRITING, *map(str, command[1:])], cwd=HERE, env=ENV)
+            assert done.returncode == -signal.SIGKILL and (broken / "checkpoint.pt.partial").exists()
+        else:
+            with open(tmp_path / "printed", "w") as printed:
+                process = subprocess.Popen(
+                    [sys.executable, "-u", *map(str, command)], cwd=HERE, env=ENV, stdout=printed
+                )
+            while when not in (tmp_path / "printed").read_text():
+                assert process.poll() is None
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.3))
+            assert process.poll() is None
+            process.kill()
+            process.wait()
+        command = ("train.py", "--resume", broken)
+    assert not (broken / "results.json").exists()
+    run(*command)
+    assert_same_run(whole, broken)
+
+
+def test_full_disk_keeps_the_previous_file(tmp_path):
+    resource = pytest.importorskip("resource", reason="no limits on this system")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for write in (torch.save, save_file):
+        write_atomically(tmp_path / "a", lambda path: write({"x": torch.zeros(9)}, path))
+        before = (tmp_path / "a").read_bytes()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        try:
+            with pytest.raises(
+                OSError, match="a: could not be written, is the disk full. .*; the previous one is kept"
+            ):
+                write_atomically(tmp_path / "a", lambda path: write({"x": torch.zeros(99_999)}, path))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert (tmp_path / "a").read_bytes() == before and os.listdir(tmp_path) == ["a"]
+
+
+def test_two_processes_train_resume_and_evaluate(corpus, tmp_path):
+    port = iter(range(29500 + os.getpid() % 1000, 40000))
+    torchrun = lambda n: ("-m", "torch.distributed.run", "--nproc_per_node", n, "--master_port", next(port))  # noqa: E731
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    dropout = json.dumps(AVHUBERT | {"dropout": 0.2})  # LayerDrop, too: each process draws its own
+    command = (*torchrun(2), "train.py", "--data", corpus, *TINY, "--video-encoder", dropout, "--epochs", 4, "--average", 2,
+               "--max-frames", 100, "--save-every", 1, "--eval-snr", "clean 0", "--out", whole)  # fmt: skip
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=HERE, env=ENV)
+    while not (whole / "checkpoint.pt").exists() or len(metrics(whole)) < 3:
+        assert process.poll() is None
+        time.sleep(0.005)
+    shutil.copytree(whole, broken, ignore=lambda *_: ["checkpoint.pt.partial"])  # as a killed run leaves it
+    assert process.wait() == 0
+    run(*torchrun(2), "train.py", "--resume", broken)
+    assert_same_run(whole, broken)
+    assert [m["step"] for m in metrics(whole) if "total" in m] == list(range(1, 1 + metrics(whole)[-1]["step"]))
+
+    run(*torchrun(2), "eval.py", whole, "--data", "synthetic", "--split", "valid", "--device", "cpu", "--out", tmp_path)
+    for folder, source, split in ((whole, corpus, "test"), (tmp_path, "synthetic", "valid")):  # one batch and several
+        results, hypotheses = evaluate(LlamaSMoP.load(whole), *load_corpus(source, split))
+        lines = [json.loads(line) for line in open(folder / "hypotheses.jsonl")]
+        assert [line for line in lines if line["snr"] == "clean"] == hypotheses
+        theirs = json.loads((folder / "results.json").read_text())
+        assert theirs["wer"]["clean"] == results["wer"]["clean"] and theirs["clips"] == results["clips"]
+        for kind in ("audio", "video"):
+            close(theirs["routing"][kind]["usage"], results["routing"][kind]["usage"], atol=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -797,16 +1579,191 @@ def test_two_processes_train_together(corpus, tmp_path):
         (("train.py", "--task", "tts"), "asr, vsr, avsr"),
         (("train.py", "--epoch", "3"), "--epoch"),
         (("train.py", "--epochs", "many"), "invalid int value"),
-        (("train.py", "--top-k", "5"), "top_k must be between 1 and num_experts=4"),
-        (("train.py", "--resume", "nowhere"), "no checkpoint.pt"),
+        (("train.py", "--top-k", "5"), "--top-k 5 is more than --num-experts 4"),
+        (("train.py", "--resume", "nowhere"), "nowhere: no args.json"),
         (("eval.py", "nowhere"), "nowhere: no args.json"),
         (("prepare.py", "nowhere", "out"), "nowhere"),
+        (("transcribe.py", "nowhere", "talk.mp4"), "nowhere: no config.json"),
     ],
 )
 def test_wrong_commands_say_what_is_wrong(command, message, tmp_path):
     out = ("--out", tmp_path) if command[0] == "train.py" and "--resume" not in command else ()
     printed = run(*command, *out, ok=False)
     assert message in printed and printed.count("Traceback") == 0
+
+
+def test_transcribe_clips_good_and_bad(tmp_path):
+    small_model("asr").save(tmp_path / "run")
+    write_media(tmp_path / "good.mkv", fps=30, rate=44100, channels=2)
+    write_media(tmp_path / "mute.mp4", audio=False)
+    prepare.write_audio(tmp_path / "silent.wav", np.zeros(16000))
+    prepare.write_sheet(tmp_path / "still.png", [np.zeros((96, 96), np.uint8)], columns=1)
+    (tmp_path / "text.mp4").write_text("no media")
+    names = ["mute.mp4", "silent.wav", "still.png", "text.mp4", "none.mp4", "good.mkv"]
+    clips = [tmp_path / name for name in names]
+    printed = run("transcribe.py", tmp_path / "run", *clips, "--json", "--device", "cpu", ok=False)
+    lines = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    assert [line["clip"] for line in lines] == [str(clip) for clip in clips]
+    for line, message in zip(
+        lines, ["no audio track", "silent, no sound", "no audio track", "not a readable", "no such file"]
+    ):
+        assert f"{line['clip']}: {message}" in line["error"] and f"error: {line['error']}" in printed
+    assert lines[-1].keys() == {"clip", "text", "segments"} and lines[-1]["segments"][0]["end"] == pytest.approx(
+        1, abs=0.1
+    )
+    printed = run("transcribe.py", tmp_path / "run", clips[-1], "--device", "cpu")
+    assert f"{clips[-1]}\t{lines[-1]['text']}" in printed and "Traceback" not in printed
+    assert "trained on asr, which lacks what vsr needs" in run(
+        "transcribe.py", tmp_path / "run", clips[-1], "--task", "vsr", ok=False
+    )
+
+
+@needs_golden
+def test_transcribe_finds_the_mouth(tmp_path):
+    pytest.importorskip("dlib", reason="dlib is not installed: pip install -r requirements-extra.txt")
+    small_model(audio_window="clip").save(tmp_path / "run")
+    talk = GOLDEN.parent / "grid" / "video" / "pgak2n.mp4"
+    prepare.write_sheet(tmp_path / "still.png", [next(data.video_frames(talk))], columns=1)
+    write_media(tmp_path / "frame.mp4", seconds=0.04, size=128, audio=False)
+    write_media(tmp_path / "faceless.mp4")
+    clips = [talk, *(tmp_path / name for name in ("still.png", "frame.mp4", "faceless.mp4"))]
+    printed = run("transcribe.py", tmp_path / "run", *clips, "--task", "vsr", "--json", "--device", "cpu", ok=False)
+    lines = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    assert "trained on avsr, never on vsr alone" in printed and lines[0]["text"]
+    for line, message in zip(
+        lines[1:], ["a still picture", "a still picture, or one frame", "no face in any of 25 frames"]
+    ):
+        assert f"{line['clip']}: {message}" in line["error"]
+    mute = run("transcribe.py", tmp_path / "run", tmp_path / "still.png", "--device", "cpu", ok=False)
+    assert "still.png: no audio track; --task vsr reads the lips alone" in mute
+    assert f"{talk}\t" in run("transcribe.py", tmp_path / "run", talk, "--device", "cpu")
+
+
+NUMBERS = [field for field in dataclasses.fields(train.Args) if "str" not in str(field.type)]
+
+
+@pytest.mark.parametrize("field", NUMBERS, ids=lambda field: field.name)
+def test_numbers_out_of_range_are_refused(field):
+    least, most, real = field.metadata["least"], field.metadata["most"], "float" in str(field.type)
+    for value in [-1, 10**19, *([0] if least > 0 else []), *([math.nan, math.inf] if real else [])]:
+        with pytest.raises(ValueError) as error:
+            train.Args(**{field.name: value})
+        assert str(error.value) == f"--{train.flag(field.name)} must be between {least} and {most}, got {value}"
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        (("--audio-pool", 300), "train-0000: too short for audio pooling by 300; train-0001"),
+        (("--average", 3, "--epochs", 2), "--average 3 is more than --epochs 2"),
+        (("--eval-snr", "loud"), "an SNR is clean or a number of dB between -100 and 100, got 'loud'"),
+        (("--device", "tpu"), "--device must be cpu, or cuda"),
+        (("--audio-encoder", "no/where/here"), "no/where/here: neither a folder of transformers nor found on its hub"),
+        (("--llm", "no/where/here"), "no/where/here: neither a folder"),
+        (("--video-encoder", "nowhere.pt"), "nowhere.pt: no such checkpoint"),
+    ],
+)
+def test_wrong_settings_are_refused_before_training(setting, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "load_noise", lambda *_: pytest.fail("work began"))
+    with pytest.raises((ValueError, OSError), match=message):
+        train_here(tmp_path, *setting)
+
+
+def test_run_folders_of_another_version_are_refused(tmp_path):
+    args = dataclasses.asdict(train.Args()) | {"experts": 4}
+    del args["num_experts"]
+    (tmp_path / "args.json").write_text(json.dumps(args))
+    with pytest.raises(ValueError, match="args.json: of another version .* experts, num_experts"):
+        train.parse_args(["--resume", str(tmp_path)])
+    model = small_model("asr")
+    model.config["experts"] = model.config.pop("num_experts")
+    model.save(tmp_path)
+    with pytest.raises(ValueError, match="config.json: of another version.* experts, num_experts"):
+        LlamaSMoP.load(tmp_path)
+
+
+def test_clips_that_do_not_fit_the_model_are_all_named():
+    model = small_model(audio_pool=30, video_pool=20)
+    lengths, texts = (9, 19, 20, 751), ("now", "now", "lay " * 200, "now")
+    clips = [data.Clip(f"clip{i}", None, frames, text) for i, (frames, text) in enumerate(zip(lengths, texts))]
+    with pytest.raises(ValueError) as error:
+        model.check(clips)
+    assert str(error.value) == (
+        "clip0: too short for audio pooling by 30; clip0: too short for video pooling by 20; clip1: too short for video "
+        "pooling by 20; clip2: a transcript of more than 128 tokens; clip3: longer than Whisper's 30 s"
+    )
+    model.llm.config.max_position_embeddings = 60
+    with pytest.raises(ValueError, match="clip3: more tokens than the LLM's 60 positions"):
+        model.check(clips[3:])
+
+
+@needs_golden
+def test_vocabularies_that_do_not_fit_are_refused(published, tmp_path):
+    model = published[0]
+    llm = model.config["llm"]
+    shutil.copytree(llm, tmp_path / "llm")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llm)
+    tokenizer.add_tokens(["more", "words"])
+    tokenizer.save_pretrained(tmp_path / "llm")
+    with pytest.raises(ValueError, match="llm: it knows 64 tokens, but its tokenizer .* has 66"):
+        LlamaSMoP("asr", tmp_path / "llm", WHISPER)
+
+
+def test_a_difference_is_paired_over_clips():
+    pytest.importorskip("matplotlib")
+    import claims
+
+    keys = [(snr, f"clip{i}") for i in range(50) for snr in ("clean", "0")]
+    hard = {key: (1 + i % 12 // 2, 6) for i, key in enumerate(keys)}  # clips differ much more than the models do
+    gain = {key: (errors - (i % 3 == 0), words) for i, (key, (errors, words)) in enumerate(hard.items())}
+    even = {key: (errors + (-1) ** (i // 2), words) for i, (key, (errors, words)) in enumerate(hard.items())}
+    better = claims.difference({0: gain, 1: gain, 2: even}, {0: hard, 1: hard}, ["clean", "0"])
+    assert (
+        better["points"] == round(-100 * 34 / 600, 2) and better["lower"] == "2 of 2" and better["verdict"] == "shown"
+    )
+    assert better["95"][0] < better["points"] < better["95"][1] < 0
+    worse = claims.difference({0: hard}, {0: gain}, ["clean", "0"])
+    assert worse["points"] == -better["points"] and worse["verdict"] == "opposite"
+    same = claims.difference({0: even}, {0: hard}, ["clean", "0"])
+    assert same["95"][0] < 0 < same["95"][1] and same["verdict"] == "not shown"
+    assert claims.difference({0: gain}, {1: hard}, ["clean"])["verdict"] == "open"
+
+
+@pytest.mark.slow
+def test_study_keeps_finished_runs_and_refuses_changed_ones(corpus, tmp_path):
+    """A video encoder and two models that need it: trained, tabled, continued, refused when asked for otherwise."""
+    pytest.importorskip("matplotlib")
+    study = ["reproduce.py", "--data", corpus, "--name", "tiny", "--quick", "--claims", "usage"]
+    study += ["--runs", tmp_path / "runs", "--out", tmp_path / "out", "--", "--epochs", 2, "--eval-snr", "clean 0"]
+    study += [part for pair in zip(TINY[::2], TINY[1::2]) if pair[0] != "--video-encoder" for part in pair]
+    assert "0 runs are finished, 3 to train" in run(*study)
+    folders = {folder.name: folder for folder in (tmp_path / "runs" / "tiny").iterdir()}
+    encoder, dedr = "vsr-dedr-e4-k2-small-s0", "avsr-dedr-e4-k2-small-s0"
+    assert set(folders) == {encoder, dedr, "avsr-dedr-e4-k2-unbalanced-small-s0"}
+    assert json.loads((folders[dedr] / "args.json").read_text())["video_encoder"] == str(folders[encoder])
+    results = json.loads((folders[dedr] / "results.json").read_text())
+    table = (tmp_path / "out" / "tiny.md").read_text()
+    row = next(line for line in table.splitlines() if line.startswith("| AVSR DEDR e4 k2 small |")).split(" | ")
+    assert row[1:4] == [f"{results['wer']['clean']:.1f}", f"{results['wer']['0']:.1f}", "–"]
+    usage = results["routing"]["audio"]["usage"]
+    assert row[8].startswith(", ".join(f"{100 * share:.0f}" for share in usage) + ": ")
+    assert json.loads((tmp_path / "out" / "tiny.json").read_text())["runs"][dedr]["wer"] == results["wer"]
+    assert all((tmp_path / "out" / f"tiny-{picture}.png").is_file() for picture in ("usage", "clip"))
+
+    weights = load_file(folders[dedr] / "model.safetensors")
+    sizes = json.loads((folders[dedr] / "sizes.json").read_text())
+    assert sizes["projector"] == sum(x.numel() for name, x in weights.items() if name.startswith("projector."))
+    trained = [x for name, x in weights.items() if not name.startswith("video_encoder.")]  # it is frozen
+    assert sizes["trained"] == sum(x.numel() for x in trained)
+    one = [x.numel() for name, x in weights.items() if name.startswith("projector.smops.audio.experts.3.")]
+    assert sizes["active"] == weights["projector.smops.audio.gate.weight"].numel() + 2 * sum(one)
+
+    (folders[dedr] / "results.json").unlink()  # as if it had been killed
+    assert "2 runs are finished, 1 to train" in run(*study)
+    assert json.loads((folders[dedr] / "results.json").read_text())["wer"] == results["wer"]
+    printed = run(*study, "--epochs", 3, ok=False)
+    assert f"{folders[encoder]} (epochs)" in printed and "(epochs, encoder)" in printed and "Traceback" not in printed
+    assert all((folder / "results.json").is_file() for folder in folders.values())
 
 
 @needs_golden
@@ -825,5 +1782,7 @@ def test_prepare_finds_real_mouths(tmp_path):
     assert "1 clips prepared" in run("prepare.py", raw, tmp_path / "out", "--workers", 1, "--allow-failures", 1)
     clips = read_manifest(tmp_path / "out" / "test.csv")
     assert [c.id for c in clips] == [name] and clips[0].frames == 75
-    assert data.load_media(clips[0], "video").shape == (75, 96, 96) and data.load_media(clips[0], "audio").shape == (48000,)
+    assert data.load_media(clips[0], "video").shape == (75, 96, 96) and data.load_media(clips[0], "audio").shape == (
+        48000,
+    )
     assert (tmp_path / "out" / "sheet.png").stat().st_size > 1000

@@ -3,8 +3,8 @@
     python train.py                                      # minutes on two CPU cores: synthetic corpus, small models
     python train.py --data MANIFEST_DIR --task avsr --llm meta-llama/Llama-3.2-1B \\
         --audio-encoder openai/whisper-medium.en --video-encoder large_vox_iter5.pt --out runs/avsr
-    torchrun --nproc_per_node 4 train.py ...             # several GPUs
-    python train.py --resume runs/avsr                   # continue a run that was interrupted
+    torchrun --standalone --nproc_per_node 4 train.py ...    # several GPUs
+    python train.py --resume runs/avsr                   # continue a run that was interrupted or killed
 
 The folder --out receives args.json, the model (config.json, model.safetensors, tokenizer), checkpoint.pt to resume
 from, metrics.jsonl, and the files of eval.py, which ends the training.
@@ -16,6 +16,7 @@ import json
 import math
 import os
 import random
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -29,8 +30,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import TASKS, ClipDataset, FrameBatches, collate, load_corpus
-from eval import evaluate, load_noise, parse_snr, report
-from model import LlamaSMoP, is_trained, train_tokenizer
+from eval import evaluate, gather, join_processes, load_noise, own_batches, parse_snr, report
+from model import LlamaSMoP, is_trained, train_tokenizer, write_atomically
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two runs out of one folder
+    fcntl = None
 
 SMALL_LLM = {
     "hidden_size": 128,
@@ -59,8 +65,15 @@ SMALL_AVHUBERT = {
 }
 
 
-def arg(default, help):
-    return dataclasses.field(default=default, metadata={"help": help})
+COLLAPSE_SHARE = 0.95  # of a router's weight on its top_k busiest experts, over an epoch
+
+
+def arg(default, help, least=None, most=None):
+    return dataclasses.field(default=default, metadata={"help": help, "least": least, "most": most})
+
+
+def flag(name):
+    return name.replace("_", "-")
 
 
 @dataclass
@@ -70,40 +83,54 @@ class Args:
     task: str = arg("avsr", "asr, vsr or avsr")
     # model
     projector: str = arg("dedr", "mlp, jejr, jedr or dedr")
-    num_experts: int = arg(4, "experts in each mixture")
-    top_k: int = arg(2, "experts a token passes through")
-    dim_hidden: int | None = arg(None, "width inside an expert (default: the LLM's)")
+    num_experts: int = arg(4, "experts in each mixture", 1, 1024)
+    top_k: int = arg(2, "experts a token passes through", 1, 1024)
+    dim_hidden: int | None = arg(None, "width inside an expert (default: the LLM's)", 1, 65_536)
     llm: str = arg(json.dumps(SMALL_LLM), "hub name or folder of a Llama (LoRA), or JSON of LlamaConfig (from scratch)")
     audio_encoder: str = arg(json.dumps(SMALL_WHISPER), "hub name or folder (frozen), or JSON of WhisperConfig")
     video_encoder: str = arg(
         json.dumps(SMALL_AVHUBERT), "AV-HuBERT file or run folder (frozen), or JSON of AVHubertEncoder's arguments"
     )
-    audio_pool: int = arg(4, "audio frames averaged into a token")
-    video_pool: int = arg(2, "video frames averaged into a token")
+    audio_pool: int = arg(4, "audio frames averaged into a token", 1, 1500)
+    video_pool: int = arg(2, "video frames averaged into a token", 1, 750)
     audio_window: str | None = arg(None, "what Whisper sees: 30s or clip (default: 30s if pretrained, else clip)")
-    lora_rank: int | None = arg(None, "rank of LoRA (default: a 32nd of the LLM's width)")
-    lora_scale: float = arg(0.125, "factor of LoRA's update")
+    lora_rank: int | None = arg(None, "rank of LoRA (default: a 32nd of the LLM's width)", 1, 4096)
+    lora_scale: float = arg(0.125, "factor of LoRA's update", 0, 100)
     prompt: str | None = arg(None, "text before the transcript (default: the published one, none for a random LLM)")
-    load_balancing_weight: float = arg(0.01, "of the load-balancing loss")
-    router_z_weight: float = arg(0.001, "of the router z-loss")
+    load_balancing_weight: float = arg(0.01, "of the load-balancing loss", 0, 100)
+    router_z_weight: float = arg(0.001, "of the router z-loss", 0, 100)
     # optimisation
-    epochs: int = arg(4, "passes over the train split (published: 10)")
-    lr: float | None = arg(None, "peak learning rate (default: 3e-4 for a random LLM, 1e-3 for LoRA, and then 5e-4 for vsr)")
-    warmup: float = arg(0.05, "share of the steps with a rising learning rate; a cosine follows")
-    weight_decay: float = arg(0.1, "of AdamW")
-    clip_grad: float = arg(1.0, "largest norm of the gradient")
-    max_frames: int = arg(400, "video frames in a batch a process, padding included")
-    accumulate: int = arg(1, "batches a step")
-    clean_epochs: int = arg(3, "epochs at the start without noise and masks, which encoders from scratch need")
+    epochs: int = arg(4, "passes over the train split (published: 10)", 1, 10_000)
+    lr: float | None = arg(
+        None, "peak learning rate (default: 3e-4 for a random LLM, 1e-3 for LoRA, and then 5e-4 for vsr)", 1e-9, 1
+    )
+    warmup: float = arg(0.05, "share of the steps with a rising learning rate; a cosine follows", 0, 1)
+    weight_decay: float = arg(0.1, "of AdamW", 0, 10)
+    clip_grad: float = arg(1.0, "largest norm of the gradient", 1e-6, 1e6)
+    max_frames: int = arg(200, "video frames in a batch a process, padding included", 1, 1_000_000)
+    accumulate: int = arg(1, "batches a step", 1, 10_000)
+    clean_epochs: int = arg(
+        3, "epochs at the start without noise and masks, which encoders from scratch need", 0, 10_000
+    )
     noise: str | None = arg(None, "audio file of noise (default: babble made of the train split)")
-    seed: int = arg(0, "of the weights, the order and the augmentation")
+    seed: int = arg(0, "of the weights, the order and the augmentation", 0, 2**63 - 1)
     # running
-    workers: int = arg(2, "processes that load data")
-    save_every: int = arg(0, "steps between checkpoints within an epoch (0: after epochs only)")
-    average: int = arg(1, "epochs at the end whose weights are averaged for evaluation")
+    workers: int = arg(2, "processes that load data", 0, 256)
+    save_every: int = arg(0, "steps between checkpoints within an epoch (0: after epochs only)", 0, 10**9)
+    average: int = arg(1, "epochs at the end whose weights are averaged for evaluation", 1, 10_000)
     eval_snr: str = arg("clean 5 0 -5", "SNRs (dB) of the final evaluation; a task without audio knows only clean")
-    num_beams: int = arg(1, "of the final evaluation")
+    num_beams: int = arg(1, "of the final evaluation", 1, 100)
     device: str = arg("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, least, most = getattr(self, field.name), field.metadata["least"], field.metadata["most"]
+            if least is not None and value is not None and not least <= value <= most:  # NaN, too
+                raise ValueError(f"--{flag(field.name)} must be between {least} and {most}, got {value}")
+        if self.top_k > self.num_experts and self.projector.lower() != "mlp":
+            raise ValueError(f"--top-k {self.top_k} is more than --num-experts {self.num_experts}")
+        if self.average > self.epochs:
+            raise ValueError(f"--average {self.average} is more than --epochs {self.epochs}")
 
 
 def parse_args(argv=None):
@@ -115,18 +142,20 @@ def parse_args(argv=None):
     for field in dataclasses.fields(Args):
         kind = {"int | None": int, "float | None": float, "str | None": str}.get(str(field.type), field.type)
         text = field.metadata["help"] + ("" if field.default is None else f" (default: {field.default})")
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=text.replace("%", "%%")
-        )
+        parser.add_argument(f"--{flag(field.name)}", type=kind, default=argparse.SUPPRESS, help=text.replace("%", "%%"))
     given = vars(parser.parse_args(argv))
     run = given.pop("resume", None)
     if run is None:
         return Args(**given), False
     if given:
-        parser.error(f"--resume takes every argument from {run}/args.json; drop --{', --'.join(given)}")
-    if not (Path(run) / "checkpoint.pt").is_file():
-        parser.error(f"{run}: no checkpoint.pt to resume from")
-    return Args(**json.loads((Path(run) / "args.json").read_text()) | {"out": run}), True
+        parser.error(f"--resume takes every argument from {run}/args.json; drop --{', --'.join(map(flag, given))}")
+    if not (Path(run) / "args.json").is_file():
+        parser.error(f"{run}: no args.json; expected a folder written by train.py")
+    given = json.loads((Path(run) / "args.json").read_text())
+    other = given.keys() ^ {field.name for field in dataclasses.fields(Args)}
+    if other:
+        raise ValueError(f"{run}/args.json: of another version of train.py, differing in {', '.join(sorted(other))}")
+    return Args(**given | {"out": run}), True
 
 
 def build_model(args, texts):
@@ -137,7 +166,7 @@ def build_model(args, texts):
         try:
             parts.append(json.loads(source) if source.startswith("{") else source)
         except json.JSONDecodeError as error:
-            raise ValueError(f"--{name.replace('_', '-')}: not valid JSON: {error}") from None
+            raise ValueError(f"--{flag(name)}: not valid JSON: {error}") from None
     window = args.audio_window or ("clip" if isinstance(parts[1], dict) else "30s")
     return LlamaSMoP(
         args.task,
@@ -166,43 +195,56 @@ def learning_rate(step, steps, warmup):
     return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
 
 
-def write_atomically(path, write):
-    """write(partial path), then rename: whoever reads `path` finds a whole file, whenever the run is killed."""
-    partial = Path(f"{path}.partial")
-    write(partial)
-    os.replace(partial, path)
+def hold(folder):
+    """Lock a run folder for as long as this process lives, however it ends; a ValueError where another one holds it."""
+    file = open(folder / "lock", "w")
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which the workers of a killed run would hold
+    except OSError:
+        raise ValueError(f"{folder}: another process is training this run") from None
+    return file
 
 
 def main():
     args, resume = parse_args()
+    try:
+        train(args, resume)
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted; continue with: python train.py --resume {args.out}")
+
+
+def train(args, resume):
     if args.task not in TASKS:
         raise ValueError(f"--task must be one of {', '.join(TASKS)}, got {args.task!r}")
     out = Path(args.out)
     for name in ("data", "noise"):  # what args.json says must hold wherever eval.py is started
         if getattr(args, name) not in (None, "synthetic"):
             setattr(args, name, os.path.abspath(getattr(args, name)))
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
+    rank, world, device = join_processes(args.device)
+    # A core for each worker: arithmetic in as many threads as there are cores would wait for the one that lost its own.
+    torch.set_num_threads(max(min(torch.get_num_threads(), (os.cpu_count() or 1) - args.workers), 1))
     torch.manual_seed(args.seed)
 
     (clips, load), (valid, _), (test, _) = (load_corpus(args.data, split) for split in ("train", "valid", "test"))
     has_audio = "audio" in TASKS[args.task]
     snrs = [parse_snr(snr) for snr in args.eval_snr.split()] if has_audio else [None]
     out.mkdir(parents=True, exist_ok=True)
-    if not resume and (out / "checkpoint.pt").exists():
+    lock = hold(out) if rank == 0 else None  # noqa: F841: held until the end
+    begun = (out / "checkpoint.pt").exists()
+    if begun and not resume:
         sys.exit(f"error: {out} holds a run; continue it with --resume {out}, or choose another --out, or delete it")
-    if not resume and rank == 0:
-        (out / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+    if not begun and rank == 0:
+        text = json.dumps(dataclasses.asdict(args), indent=2) + "\n"
+        write_atomically(out / "args.json", lambda path: path.write_text(text))
         (out / "metrics.jsonl").unlink(missing_ok=True)
-    model = build_model(args, [clip.text for clip in clips]).to(device)
+    model = build_model(args, [clip.text for clip in clips]).place(device)
+    model.check([*clips, *valid, *test])
     noise = load_noise(args.noise, clips, load) if has_audio else None
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, peak_rate(args), betas=(0.9, 0.98), weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters, peak_rate(args), betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True
+    )
     dataset = ClipDataset(
         clips, load, args.task, train=True, noise=noise, seed=args.seed, clean_epochs=args.clean_epochs
     )
@@ -213,21 +255,22 @@ def main():
 
     # Where training stands. Everything that the rest of the run depends on goes into checkpoint.pt with it.
     epoch, done, step = 0, 0, 0  # done: batches of this epoch
-    if resume:
+    if begun:
         checkpoint = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
         if checkpoint["world"] != world:
-            sys.exit(f"error: {out} was trained with {checkpoint['world']} processes; resume it with as many, not {world}")
+            sys.exit(
+                f"error: {out} was trained with {checkpoint['world']} processes; resume it with as many, not {world}"
+            )
         model.load_trained_state(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         epoch, done, step = checkpoint["epoch"], checkpoint["done"], checkpoint["step"]
-        torch.set_rng_state(checkpoint["rng"])
         if rank == 0:  # forget what was logged after the checkpoint: it will be logged again
             lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            (out / "metrics.jsonl").write_text("".join(kept))
+            write_atomically(out / "metrics.jsonl", lambda path: path.write_text("".join(kept)))
 
     def save_checkpoint():
-        state = {"model": model.trained_state(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+        state = {"model": model.trained_state(), "optimizer": optimizer.state_dict()}
         state |= {"epoch": epoch, "done": done, "step": step, "world": world}
         write_atomically(out / "checkpoint.pt", lambda path: torch.save(state, path))
 
@@ -235,45 +278,85 @@ def main():
         with open(out / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, "epoch": epoch} | values) + "\n")
 
+    signals = []
+
+    def on_signal(number, frame):  # the first one ends the run after a whole step, a second one at once
+        signals.append(number)
+        signal.signal(number, signal.default_int_handler)
+
+    def stopping():
+        """() > 0 where any process has had a signal: all must stop at the same step."""
+        count = torch.tensor(float(len(signals)), device=device)
+        if world > 1:
+            dist.all_reduce(count)
+        return count
+
     wrapped = model
-    if world > 1:  # without device_ids, which would move the lengths in the batch to the GPU; LayerDrop skips parameters
-        skips = "video" in TASKS[args.task] and is_trained(model.video_encoder)
-        wrapped = DistributedDataParallel(model, find_unused_parameters=skips)
+    if world > 1:
+        trains_video = "video" in TASKS[args.task] and is_trained(model.video_encoder)
+        if trains_video and device.type == "cuda":  # on CPUs torch has none: there each process normalises by itself
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        # Without device_ids, which would move the lengths in the batch to the GPU; LayerDrop skips parameters.
+        wrapped = DistributedDataParallel(model, find_unused_parameters=trains_video)
     batches_in = []  # each epoch: its shuffle decides how the clips fill the batches
-    for batches.epoch in range(args.epochs):
+    for epoch_ahead in range(args.epochs):
+        batches.epoch = epoch_ahead
         batches_in.append(len(batches))
     steps = sum(math.ceil(n / args.accumulate) for n in batches_in)
     if rank == 0:
         count = sum(p.numel() for p in parameters)
         total = sum(p.numel() for p in model.parameters())
         print(f"{len(clips)} clips, {steps} steps; {count / 1e6:.2f} M of {total / 1e6:.2f} M parameters are trained")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    loads = {}  # {router: the weight that each of its experts has had in this epoch and process (E,)}
+
+    def count_loads(module, inputs, outputs):
+        for kind, r in outputs[1].items():
+            load = r.weights.new_zeros(r.logits.shape[-1]).scatter_add(
+                0, r.experts.flatten(), r.weights.detach().flatten()
+            )
+            gate = module.smops[kind].gate  # a joint router is one
+            loads[gate] = loads.get(gate, 0) + load
+
+    model.projector.register_forward_hook(count_loads)
     bar = tqdm(total=steps, initial=step, unit="step", disable=rank > 0)
     start = time.time()
     for epoch in range(epoch, args.epochs):
         dataset.epoch = batches.epoch = epoch
         batches.skip = done
         model.train()
+        loads.clear()
         ready = began = time.time()
-        waited = clips_in = 0
+        waited, ids = 0, []
         for batch in loader:
             waited += time.time() - ready
-            clips_in += len(batch["ids"]) * world
+            ids += batch["ids"]
             last = done + 1 == batches_in[epoch]
             update = (done + 1) % args.accumulate == 0 or last
             in_step = min(args.accumulate, batches_in[epoch] - done // args.accumulate * args.accumulate)
             if world > 1:
                 wrapped.require_backward_grad_sync = update
+            # Dropout, too, does not depend on what was before: a resumed run draws the same.
+            torch.manual_seed(random.Random(f"{args.seed} {epoch} {done} {rank}").getrandbits(63))
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                losses = wrapped(batch)
+                losses = wrapped(batch, dist.group.WORLD)  # None of a single process
             (losses.total / in_step).backward()
-            values = {name: value.item() for name, value in losses._asdict().items()}
-            if not math.isfinite(values["total"]):
-                sys.exit(f"loss {values} at step {step}; clips of the batch: {', '.join(batch['ids'])}")
+            values = losses._asdict() | {"stop": stopping()}
+            if update:
+                values["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad)
+            values = dict(zip(values, torch.stack(list(values.values())).tolist()))  # one wait for a GPU
+            stop = values.pop("stop")
+            if not all(map(math.isfinite, values.values())):  # in every process: the losses are over all of them
+                clip_ids = ", ".join(gather(ids))
+                sys.exit(
+                    f"error: a loss or gradient without a finite value ({values}) after {step} steps; the last "
+                    f"checkpoint is kept; clips of this step: {clip_ids}"
+                )
             done += 1
             ready = time.time()
             if not update:
                 continue
-            norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad)
             rate = optimizer.defaults["lr"] * learning_rate(step, steps, args.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -281,9 +364,9 @@ def main():
             optimizer.zero_grad(set_to_none=True)
             step += 1
             seconds = time.time() - began
-            values |= {"lr": rate, "grad_norm": norm.item(), "clips_per_s": clips_in / seconds, "waited": waited / seconds}
+            values |= {"lr": rate, "clips_per_s": len(ids) * world / seconds, "waited": waited / seconds}
             ready = began = time.time()
-            waited = clips_in = 0
+            waited, ids = 0, []
             if rank == 0:
                 log(**values)
                 bar.update()
@@ -291,54 +374,76 @@ def main():
                     loss=f"{values['total']:.3f}", lm=f"{values['lm']:.3f}", balance=f"{values['load_balancing']:.2f}",
                     z=f"{values['router_z']:.2f}", clips_s=f"{values['clips_per_s']:.0f}",
                 )  # fmt: skip
-                if args.save_every and step % args.save_every == 0 and not last:
+                if not last and (stop or args.save_every and step % args.save_every == 0):
                     save_checkpoint()
+            if stop and not last:
+                raise KeyboardInterrupt
         done = 0
+        top_k = model.config["top_k"]
+        for shares in [sums / sums.sum() for sums in loads.values() if len(sums) > top_k]:
+            if shares.topk(top_k).values.sum() > COLLAPSE_SHARE:
+                tqdm.write(
+                    f"warning: a router has collapsed, in epoch {epoch} its experts had {shares.tolist()} of its weight; "
+                    "raise --load-balancing-weight or lower --lr"
+                )
+        share_state(model)
+        valid_lm = valid_loss(model, valid, load, args, device)
         if rank == 0:
             if args.average > 1 and epoch >= args.epochs - args.average:
                 state = model.trained_state()
                 write_atomically(out / f"epoch-{epoch}.safetensors", lambda path: save_file(state, path))
-            log(valid_lm=valid_loss(model, valid, load, args, device))
+            log(valid_lm=valid_lm)
             epoch += 1  # where a resumed run goes on
             save_checkpoint()
+        if stopping():
+            raise KeyboardInterrupt
     bar.close()
-    if world > 1:
-        dist.destroy_process_group()
-    if rank > 0:
-        return
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
 
-    if args.average > 1:
+    if args.average > 1 and rank == 0:
         epochs = range(max(args.epochs - args.average, 0), args.epochs)
         states = [load_file(out / f"epoch-{epoch}.safetensors") for epoch in epochs]
         mean = {name: torch.stack([s[name].double() for s in states]).mean(0).to(x) for name, x in states[0].items()}
         model.load_trained_state(mean)
-    model.save(out)
+    share_state(model)
     minutes = (time.time() - start) / 60
-    print(f"trained in {minutes:.1f} minutes; evaluating on the test split")
+    if rank == 0:
+        model.save(out)
+        print(f"trained in {minutes:.1f} minutes; evaluating on the test split")
     model.eval()
     results, hypotheses = evaluate(model, test, load, noise, snrs, args.num_beams, workers=args.workers)
     about = {"data": args.data, "split": "test", "seed": args.seed, "training_minutes": round(minutes, 1)}
-    report(about | results, hypotheses, out)
+    if rank == 0:
+        report(about | results, hypotheses, out)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def share_state(model):
+    """Give all processes what process 0 has trained: on CPUs, BatchNorm's statistics are each process's own."""
+    if dist.is_initialized():
+        for tensor in model.trained_state().values():
+            dist.broadcast(tensor, 0)
 
 
 @torch.no_grad()
 def valid_loss(model, clips, load, args, device):
     """Cross entropy of the transcripts of clean clips: a batch's mean over tokens, weighted by its clips."""
     model.eval()
-    loader = DataLoader(
-        ClipDataset(clips, load, args.task),
-        batch_sampler=FrameBatches([clip.frames for clip in clips], args.max_frames, shuffle=False),
-        collate_fn=collate,
-    )
-    total = 0.0
+    batches = own_batches(clips, args.max_frames)
+    loader = DataLoader(ClipDataset(clips, load, args.task), batch_sampler=batches, collate_fn=collate)
+    total = torch.zeros((), dtype=torch.double, device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         for batch in loader:
-            total += model(batch).lm.item() * len(batch["ids"])
-    return total / len(clips)
+            total += model(batch).lm * len(batch["ids"])
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.item() / len(clips)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:  # a fault of the input: its sentence, without our call stack
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError) as error:  # a fault of the input: its sentence, without our call stack
+        sys.exit(f"error: {str(error).splitlines()[-1]}")  # of a worker's error the last line, which is ours
