@@ -1338,11 +1338,13 @@ def test_long_clip_is_its_pieces(tmp_path, monkeypatch):
 
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # sums depend on the number of threads
+LIMIT = 600  # seconds that a command may take: one that hangs must not hold up the other tests
 
 
 def run(*command, ok=True):
     """Run one of our scripts as a user does; returns what it printed."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, env=ENV, text=True, capture_output=True)
+    command = [sys.executable, *map(str, command)]
+    done = subprocess.run(command, cwd=HERE, env=ENV, text=True, capture_output=True, timeout=LIMIT)
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -1439,7 +1441,7 @@ def test_killed_run_resumes_bit_by_bit(corpus, tmp_path):
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
-    assert f"interrupted; continue with: python train.py --resume {tmp_path / 'broken'}\n" in process.communicate()[1]
+    assert f"interrupted; continue with: python train.py --resume {tmp_path / 'broken'}\n" in process.communicate(timeout=LIMIT)[1]
     assert process.returncode == 1 and not (tmp_path / "broken" / "results.json").exists()
     run(*resume)
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
@@ -1556,7 +1558,7 @@ def test_two_processes_train_resume_and_evaluate(corpus, tmp_path):
         assert process.poll() is None
         time.sleep(0.005)
     shutil.copytree(whole, broken, ignore=lambda *_: ["checkpoint.pt.partial"])  # as a killed run leaves it
-    assert process.wait() == 0
+    assert process.wait(LIMIT) == 0
     run(*torchrun(2), "train.py", "--resume", broken)
     assert_same_run(whole, broken)
     assert [m["step"] for m in metrics(whole) if "total" in m] == list(range(1, 1 + metrics(whole)[-1]["step"]))
