@@ -61,8 +61,9 @@ class Clip(NamedTuple):
 def read_manifest(path):
     """List of `Clip` of a manifest: a CSV with the columns id,path,frames,text, `path` relative to its own folder.
 
-    The label files of auto_avsr and Llama-AVSR (no header; dataset,rel_path,frames,text, in `labels/` beside the
-    folder `dataset`) are read too; where they hold token ids, the transcript comes from auto_avsr's text folder.
+    The label files of auto_avsr (no header; dataset,rel_path,frames,text) and of Llama-AVSR (a column more before the
+    text, unused), in `labels/` beside the folder `dataset`, are read too; where they hold token ids, the transcript
+    comes from auto_avsr's text folder.
     A fault is a ValueError that names the file and the line.
     """
     clips = [clip for _, clip in manifest_rows(path)]
@@ -102,7 +103,9 @@ def manifest_rows(path):
 
 
 def parse_row(path, row, labels):
-    """The Clip of one row of the manifest at `path`; labels: it is a label file of auto_avsr."""
+    """The Clip of one row of the manifest at `path`; labels: it is a label file of auto_avsr or Llama-AVSR."""
+    if labels and len(row) == 5:  # Llama-AVSR's: dataset,rel_path,frames,unused,text
+        row = [*row[:3], row[4]]
     if len(row) != 4 or not row[2].isdecimal() or not 1 <= len(row[2]) <= 9 or int(row[2]) < 1:
         raise ValueError(f"expected {','.join(HEADER)} with a positive number of frames, got {','.join(row)[:200]!r}")
     name, file, frames, text = row[0], path.parent / row[1], int(row[2]), row[3].strip()
@@ -278,7 +281,9 @@ def transform_audio(samples, length=None):
 
 
 def mask_spans(x, rate, rng, longest=0.4):
-    """x (T, ...) with one span of up to `longest` seconds in every second set to 0 (lengths as in auto_avsr)."""
+    """x (T, ...) with one span of up to `longest` seconds in every second set to 0, as in auto_avsr: of the sound before
+    noise is added, of the video before it is normalised, where 0 is black."""
+    x = x.copy()
     for _ in range(math.ceil(len(x) / rate)):
         start = rng.randrange(len(x))
         x[start : start + rng.randint(0, int(longest * rate))] = 0
@@ -339,14 +344,15 @@ class ClipDataset(Dataset):
         item = {"id": clip.id, "text": clip.text}
         if "audio" in self.kinds:
             samples = self.load(clip, "audio")
+            samples = mask_spans(samples, SAMPLE_RATE, rng) if hard else samples
             snr = rng.choice(TRAIN_SNRS) if hard else self.snr
             if snr is not None and self.noise is not None:  # 0 dB is an SNR
                 samples = add_noise(samples, self.noise, snr, rng)
-            samples = mask_spans(samples, SAMPLE_RATE, rng) if hard else samples
             item["audio"] = transform_audio(samples).squeeze(1)
         if "video" in self.kinds:
-            video = transform_video(self.load(clip, "video"), rng if self.train else None)
-            item["video"] = (mask_spans(video, FPS, rng) if hard else video).transpose(0, 1)
+            frames = self.load(clip, "video")
+            frames = mask_spans(frames, FPS, rng) if hard else frames
+            item["video"] = transform_video(frames, rng if self.train else None).transpose(0, 1)
         return item
 
 

@@ -1033,16 +1033,17 @@ def test_manifests(tmp_path):
         ("a", tmp_path / "a.mp4", 25, "one, two"),
         ("b", tmp_path / "s/b.mp4", 30, "three"),
     ]
-    # auto_avsr's labels
+    # auto_avsr's labels, and Llama-AVSR's
     (tmp_path / "labels").mkdir()
     (tmp_path / "lrs3" / "lrs3_text_seg24s" / "x").mkdir(parents=True)
     (tmp_path / "lrs3" / "lrs3_text_seg24s" / "x" / "1.txt").write_text("HELLO THERE\n")
     (tmp_path / "labels" / "l.csv").write_text(
         "lrs3,lrs3_video_seg24s/x/1.mp4,50,12 7 88\nlrs3,lrs3_video_seg24s/x/2.mp4,30,plain text\n"
+        "lrs3,lrs3_video_seg24s/x/3.mp4,30,4,more text\n"
     )
     clips = read_manifest(tmp_path / "labels" / "l.csv")
     assert clips[0].path == tmp_path / "lrs3" / "lrs3_video_seg24s/x/1.mp4"
-    assert [c.text for c in clips] == ["HELLO THERE", "plain text"] and clips[0].id == "lrs3_video_seg24s/x/1"
+    assert [c.text for c in clips] == ["HELLO THERE", "plain text", "more text"] and clips[0].id == "lrs3_video_seg24s/x/1"
 
 
 @pytest.mark.parametrize(
