@@ -191,7 +191,7 @@ def bench_projector(device, dtype):
             print(f"no grouped_mm for {dtype} on {device}: {str(error).splitlines()[0]}")
         expected = smop(x)[0]
         for name in candidates.keys() - {"limit", "smop.py"}:  # three ways to write one thing
-            torch.testing.assert_close(candidates[name](x), expected, rtol=0.02, atol=0.02)
+            assert (candidates[name](x) - expected).norm() < 0.01 * expected.norm(), name
         ways = {name: forward_and_backward(module, x, gradient) for name, module in candidates.items()}
         for direction in ("forward", "forward+backward"):
             times = compare({name: way[direction] for name, way in ways.items()}, device)
@@ -210,7 +210,7 @@ def bench_projector(device, dtype):
 def bench_experts(device, dtype):
     """Time and memory of the mixture against the number of experts, arithmetic fixed."""
     rows = []
-    copy = torch.empty(2**28 if device.type == "cuda" else 2**26, device=device)
+    copy = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
     bandwidth = copy.nbytes / compare({"read": copy.sum}, device, 1)["read"]
     for tokens in (512, 4096):
         gradient = torch.randn(tokens, O, device=device, dtype=dtype)

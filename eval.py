@@ -46,9 +46,9 @@ def name_snr(snr):
     return "clean" if snr is None else f"{snr:g}"
 
 
-def load_noise(path, clips, load):
-    """The noise of a file, or babble made of `clips` (those of the train split) where there is none."""
-    return load_audio(path) if path else make_babble(clips, load)
+def load_noise(path, data):
+    """The noise of a file, or babble made of the train split of `data` where there is none."""
+    return load_audio(path) if path else make_babble(*load_corpus(data, "train"))
 
 
 def join_processes(device):
@@ -128,10 +128,10 @@ def evaluate(model, clips, load, noise=None, snrs=(None,), num_beams=1, max_fram
 
 
 def count_errors(references, hypotheses):
-    """[(word errors, reference words)] of each clip."""
+    """[(word errors, reference words)] of each clip; upper and lower case are the same, as in the published scoring."""
     clips = []
     for reference, hypothesis in zip(references, hypotheses):
-        words = jiwer.process_words(reference, hypothesis)
+        words = jiwer.process_words(reference.lower(), hypothesis.lower())
         errors = words.substitutions + words.deletions + words.insertions
         clips.append((errors, words.hits + words.substitutions + words.deletions))
     return clips
@@ -226,7 +226,7 @@ def report(results, hypotheses, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder written by train.py")
+    parser.add_argument("run", type=Path, help="folder written by train.py or LlamaSMoP.save")
     parser.add_argument("--data", help='"synthetic" or a folder of manifests (default: that of the training)')
     parser.add_argument("--split", default="test", help="name of the manifest (default: test)")
     parser.add_argument("--snr", nargs="+", default=["clean"], help="dB or clean (default: clean)")
@@ -236,21 +236,25 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
-    if not (args.run / "args.json").is_file():
-        sys.exit(f"{args.run}: no args.json; expected a folder written by train.py")
-    trained = json.loads((args.run / "args.json").read_text())
+    if not (args.run / "config.json").is_file():
+        sys.exit(f"{args.run}: no config.json; expected a folder written by train.py or LlamaSMoP.save")
+    trained = {"data": None, "noise": None, "seed": None, "workers": 2}  # of a model that train.py did not train
+    if (args.run / "args.json").is_file():
+        trained = json.loads((args.run / "args.json").read_text())
     snrs = [parse_snr(snr) for snr in args.snr]
     if not 1 <= args.num_beams <= 100:
         raise ValueError(f"--num-beams must be between 1 and 100, got {args.num_beams}")
-    if trained["task"] == "vsr" and snrs != [None]:
-        sys.exit(f"{args.run}: a run without audio has no SNR")
     data = args.data or trained["data"]
+    if data is None:
+        sys.exit(f"{args.run}: not trained by train.py, so --data must say what to evaluate on")
     clips, load = load_corpus(data, args.split)
     noise = None
     if any(snr is not None for snr in snrs):
-        noise = load_noise(args.noise or trained["noise"], *load_corpus(trained["data"], "train"))
+        noise = load_noise(args.noise or trained["noise"], trained["data"] or data)
     rank, _, device = join_processes(args.device)
     model = LlamaSMoP.load(args.run).place(device)
+    if "audio" not in model.kinds and snrs != [None]:
+        sys.exit(f"{args.run}: a model without audio has no SNR")
     model.check(clips)
     results, hypotheses = evaluate(model, clips, load, noise, snrs, args.num_beams, workers=trained["workers"])
     if rank == 0:

@@ -6,6 +6,8 @@
     texts = model.generate(batch, num_beams=15)
     model.save("run"); model = LlamaSMoP.load("run")
 
+On a GPU: `model.place("cuda")`, and then every call under `torch.autocast("cuda", torch.bfloat16)`.
+
 What the LLM reads (Fig. 1 of the paper), one clip; training continues it with the transcript and EOS:
 
     BOS <audio> A...A </audio> <video> V...V </video> prompt
@@ -53,7 +55,7 @@ PROMPTS = {
 MARKERS = ["<audio>", "</audio>", "<video>", "</video>"]
 SLOT = {"audio": -1, "video": -2}  # places in the token ids that projected features take
 IGNORE = -100  # cross_entropy's ignore_index
-MAX_NEW_TOKENS = 128  # of a transcript
+MAX_NEW_TOKENS = 256  # of a transcript: 30 s of fast speech
 
 
 class Losses(NamedTuple):

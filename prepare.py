@@ -92,10 +92,15 @@ def find_landmarks(frames):
     return np.stack(found) if found else np.zeros((0, 68, 2), np.int16)
 
 
+def has_face(landmarks):
+    """(T,) bool. A point may lie outside the picture: only a frame that is -1 throughout has no face."""
+    return (landmarks != -1).any(axis=(1, 2))
+
+
 def fill_gaps(landmarks):
     """Interpolate linearly over frames without a face; before the first and after the last face, repeat it."""
     landmarks = landmarks.astype(np.float64)
-    seen = np.flatnonzero((landmarks >= 0).all(axis=(1, 2)))
+    seen = np.flatnonzero(has_face(landmarks))
     if not len(seen):
         raise ValueError("no face found")
     flat, ticks = landmarks.reshape(len(landmarks), -1), np.arange(len(landmarks))
@@ -146,7 +151,7 @@ def find_mouths(source):
     landmarks = find_landmarks(video_frames(source, "rgb24"))
     if len(landmarks) < 2:
         raise ValueError(f"{source}: a still picture, or one frame of video; a moving mouth is needed")
-    share = (landmarks[:, 0, 0] >= 0).mean()
+    share = has_face(landmarks).mean()
     if share < MIN_FACES:
         raise ValueError(
             f"{source}: {f'a face in only {share:.0%}' if share else 'no face in any'} of {len(landmarks)} frames"

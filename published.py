@@ -52,6 +52,8 @@ def load_published(
         else:
             expert = state[f"{kinds[0]}_proj.0.weight"]
             settings |= {"projector": "MLP"}
+        if settings.get("num_experts", 1) > 1 and settings.get("top_k") == 1:
+            raise ValueError(f"{checkpoint}: with top-1 the published gate is the constant 1, and ours is not")
         rank = len(state["llm.model.layers.0.self_attn.lora_down_Q.weight"])
     except (KeyError, TypeError):
         raise ValueError(

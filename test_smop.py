@@ -44,7 +44,7 @@ import train
 import transcribe
 from avhubert import AVHubertEncoder
 from data import ClipDataset, FrameBatches, collate, load_corpus, read_manifest
-from eval import evaluate
+from eval import evaluate, word_error_rate
 from model import (
     MARKERS,
     LlamaSMoP,
@@ -1254,7 +1254,8 @@ def test_similarity_and_gaps():
     close(matrix, np.column_stack([turn, [3, -2]]))
     landmarks = np.full((5, 68, 2), -1)
     landmarks[1], landmarks[3] = 10, 20
-    assert prepare.fill_gaps(landmarks)[:, 0, 0].tolist() == [10, 10, 15, 20, 20]
+    landmarks[3, 0, 1] = -5  # a jaw outside the picture
+    assert prepare.fill_gaps(landmarks)[:, 0].tolist() == [[10, 10], [10, 10], [15, 2.5], [20, -5], [20, -5]]
     with pytest.raises(ValueError, match="no face"):
         prepare.fill_gaps(np.full((5, 68, 2), -1))
 
@@ -1584,7 +1585,7 @@ def test_two_processes_train_resume_and_evaluate(corpus, tmp_path):
         (("train.py", "--epochs", "many"), "invalid int value"),
         (("train.py", "--top-k", "5"), "--top-k 5 is more than --num-experts 4"),
         (("train.py", "--resume", "nowhere"), "nowhere: no args.json"),
-        (("eval.py", "nowhere"), "nowhere: no args.json"),
+        (("eval.py", "nowhere"), "nowhere: no config.json"),
         (("prepare.py", "nowhere", "out"), "nowhere"),
         (("transcribe.py", "nowhere", "talk.mp4"), "nowhere: no config.json"),
     ],
@@ -1687,13 +1688,13 @@ def test_run_folders_of_another_version_are_refused(tmp_path):
 
 def test_clips_that_do_not_fit_the_model_are_all_named():
     model = small_model(audio_pool=30, video_pool=20)
-    lengths, texts = (9, 19, 20, 751), ("now", "now", "lay " * 200, "now")
+    lengths, texts = (9, 19, 20, 751), ("now", "now", "lay " * 300, "now")
     clips = [data.Clip(f"clip{i}", None, frames, text) for i, (frames, text) in enumerate(zip(lengths, texts))]
     with pytest.raises(ValueError) as error:
         model.check(clips)
     assert str(error.value) == (
         "clip0: too short for audio pooling by 30; clip0: too short for video pooling by 20; clip1: too short for video "
-        "pooling by 20; clip2: a transcript of more than 128 tokens; clip3: longer than Whisper's 30 s"
+        "pooling by 20; clip2: a transcript of more than 256 tokens; clip3: longer than Whisper's 30 s"
     )
     model.llm.config.max_position_embeddings = 60
     with pytest.raises(ValueError, match="clip3: more tokens than the LLM's 60 positions"):
@@ -1710,6 +1711,26 @@ def test_vocabularies_that_do_not_fit_are_refused(published, tmp_path):
     tokenizer.save_pretrained(tmp_path / "llm")
     with pytest.raises(ValueError, match="llm: it knows 64 tokens, but its tokenizer .* has 66"):
         LlamaSMoP("asr", tmp_path / "llm", WHISPER)
+
+
+def test_wer_is_over_all_words_whatever_their_case():
+    assert word_error_rate(["BIN BLUE AT", "now"], ["bin red at", ""])[0] == 50.0
+
+
+def test_model_of_unknown_training_is_evaluated(corpus, tmp_path):
+    """As one of `from_published` and `save`: there is no args.json."""
+    small_model("asr").save(tmp_path)
+    assert "--data must say what to evaluate on" in run("eval.py", tmp_path, ok=False)
+    run("eval.py", tmp_path, "--data", corpus, "--snr", "0", "--device", "cpu")
+    assert json.loads((tmp_path / "results.json").read_text())["clips"] == 4
+
+
+def test_pretrained_llms_have_the_published_recipe():
+    read = lambda *line: train.parse_args(line)[0]  # noqa: E731
+    recipe = lambda args: (args.epochs, args.clean_epochs, args.max_frames, args.lr)  # noqa: E731
+    assert recipe(read("--llm", "a/b")) == (10, 0, 1500, 1e-3)
+    assert recipe(read("--llm", "a/b", "--task", "vsr", "--max-frames", "900")) == (10, 0, 900, 5e-4)
+    assert recipe(read("--lr", "1e-4")) == (4, 3, 200, 1e-4)
 
 
 def test_a_difference_is_paired_over_clips():

@@ -65,6 +65,10 @@ SMALL_AVHUBERT = {
 }
 
 
+# What is not given: models from scratch would stay on a plateau with the published rates, and with noise from the start.
+FROM_SCRATCH = {"epochs": 4, "clean_epochs": 3, "max_frames": 200, "lr": 3e-4}
+PUBLISHED = {"epochs": 10, "clean_epochs": 0, "max_frames": 1500, "lr": 1e-3}  # with a pretrained LLM; lr 5e-4 for vsr
+
 COLLAPSE_SHARE = 0.95  # of a router's weight on its top_k busiest experts, over an epoch
 
 
@@ -100,17 +104,19 @@ class Args:
     load_balancing_weight: float = arg(0.01, "of the load-balancing loss", 0, 100)
     router_z_weight: float = arg(0.001, "of the router z-loss", 0, 100)
     # optimisation
-    epochs: int = arg(4, "passes over the train split (published: 10)", 1, 10_000)
+    epochs: int | None = arg(None, "passes over the train split (default: 4, with a pretrained LLM 10)", 1, 10_000)
     lr: float | None = arg(
-        None, "peak learning rate (default: 3e-4 for a random LLM, 1e-3 for LoRA, and then 5e-4 for vsr)", 1e-9, 1
+        None, "peak learning rate (default: 3e-4, with a pretrained LLM 1e-3, and then 5e-4 for vsr)", 1e-9, 1
     )
     warmup: float = arg(0.05, "share of the steps with a rising learning rate; a cosine follows", 0, 1)
     weight_decay: float = arg(0.1, "of AdamW", 0, 10)
     clip_grad: float = arg(1.0, "largest norm of the gradient", 1e-6, 1e6)
-    max_frames: int = arg(200, "video frames in a batch a process, padding included", 1, 1_000_000)
+    max_frames: int | None = arg(
+        None, "video frames in a batch a process, padding included (default: 200, with a pretrained LLM 1500)", 1, 10**6
+    )
     accumulate: int = arg(1, "batches a step", 1, 10_000)
-    clean_epochs: int = arg(
-        3, "epochs at the start without noise and masks, which encoders from scratch need", 0, 10_000
+    clean_epochs: int | None = arg(
+        None, "epochs at the start without noise and masks (default: 3, with a pretrained LLM 0)", 0, 10_000
     )
     noise: str | None = arg(None, "audio file of noise (default: babble made of the train split)")
     seed: int = arg(0, "of the weights, the order and the augmentation", 0, 2**63 - 1)
@@ -127,6 +133,10 @@ class Args:
             value, least, most = getattr(self, field.name), field.metadata["least"], field.metadata["most"]
             if least is not None and value is not None and not least <= value <= most:  # NaN, too
                 raise ValueError(f"--{flag(field.name)} must be between {least} and {most}, got {value}")
+        recipe = FROM_SCRATCH if self.llm.startswith("{") else PUBLISHED | ({"lr": 5e-4} if self.task == "vsr" else {})
+        for name, value in recipe.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         if self.top_k > self.num_experts and self.projector.lower() != "mlp":
             raise ValueError(f"--top-k {self.top_k} is more than --num-experts {self.num_experts}")
         if self.average > self.epochs:
@@ -182,13 +192,6 @@ def build_model(args, texts):
     )
 
 
-def peak_rate(args):
-    """The published rates are for LoRA; models from scratch stay on a plateau with them."""
-    if args.lr is not None:
-        return args.lr
-    return 3e-4 if args.llm.startswith("{") else 5e-4 if args.task == "vsr" else 1e-3
-
-
 def learning_rate(step, steps, warmup):
     """Factor of the peak rate: linear warm-up over the share `warmup` of the steps, then a cosine to 0."""
     rise = max(round(warmup * steps), 1)
@@ -218,8 +221,8 @@ def train(args, resume):
     if args.task not in TASKS:
         raise ValueError(f"--task must be one of {', '.join(TASKS)}, got {args.task!r}")
     out = Path(args.out)
-    for name in ("data", "noise"):  # what args.json says must hold wherever eval.py is started
-        if getattr(args, name) not in (None, "synthetic"):
+    for name in ("data", "noise", "llm", "audio_encoder", "video_encoder"):  # args.json must hold from anywhere
+        if getattr(args, name) is not None and os.path.exists(getattr(args, name)):
             setattr(args, name, os.path.abspath(getattr(args, name)))
     rank, world, device = join_processes(args.device)
     # A core for each worker: arithmetic in as many threads as there are cores would wait for the one that lost its own.
@@ -240,11 +243,9 @@ def train(args, resume):
         (out / "metrics.jsonl").unlink(missing_ok=True)
     model = build_model(args, [clip.text for clip in clips]).place(device)
     model.check([*clips, *valid, *test])
-    noise = load_noise(args.noise, clips, load) if has_audio else None
+    noise = load_noise(args.noise, args.data) if has_audio else None
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, peak_rate(args), betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True
-    )
+    optimizer = torch.optim.AdamW(parameters, args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)
     dataset = ClipDataset(
         clips, load, args.task, train=True, noise=noise, seed=args.seed, clean_epochs=args.clean_epochs
     )
@@ -254,7 +255,7 @@ def train(args, resume):
     )
 
     # Where training stands. Everything that the rest of the run depends on goes into checkpoint.pt with it.
-    epoch, done, step = 0, 0, 0  # done: batches of this epoch
+    epoch, done, step, start = 0, 0, 0, time.time()  # done: batches of this epoch
     if begun:
         checkpoint = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
         if checkpoint["world"] != world:
@@ -264,6 +265,7 @@ def train(args, resume):
         model.load_trained_state(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         epoch, done, step = checkpoint["epoch"], checkpoint["done"], checkpoint["step"]
+        start -= checkpoint["seconds"]
         if rank == 0:  # forget what was logged after the checkpoint: it will be logged again
             lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
@@ -271,7 +273,7 @@ def train(args, resume):
 
     def save_checkpoint():
         state = {"model": model.trained_state(), "optimizer": optimizer.state_dict()}
-        state |= {"epoch": epoch, "done": done, "step": step, "world": world}
+        state |= {"epoch": epoch, "done": done, "step": step, "world": world, "seconds": time.time() - start}
         write_atomically(out / "checkpoint.pt", lambda path: torch.save(state, path))
 
     def log(**values):
@@ -321,7 +323,6 @@ def train(args, resume):
 
     model.projector.register_forward_hook(count_loads)
     bar = tqdm(total=steps, initial=step, unit="step", disable=rank > 0)
-    start = time.time()
     for epoch in range(epoch, args.epochs):
         dataset.epoch = batches.epoch = epoch
         batches.skip = done
@@ -432,7 +433,8 @@ def valid_loss(model, clips, load, args, device):
     """Cross entropy of the transcripts of clean clips: a batch's mean over tokens, weighted by its clips."""
     model.eval()
     batches = own_batches(clips, args.max_frames)
-    loader = DataLoader(ClipDataset(clips, load, args.task), batch_sampler=batches, collate_fn=collate)
+    dataset = ClipDataset(clips, load, args.task)
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=args.workers)
     total = torch.zeros((), dtype=torch.double, device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         for batch in loader:

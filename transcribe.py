@@ -38,7 +38,6 @@ from prepare import find_mouths
 
 PAUSE = 5  # frames (0.2 s) whose power is compared: a pause between words, not the closure of a plosive
 SILENCE = 1e-3  # a piece whose samples all stay below (-60 dBFS) is silent
-MAX_TOKENS = 256  # of a piece: 30 s of fast speech
 
 
 def read_clip(path, kinds):
@@ -100,7 +99,7 @@ def transcribe(model, path, num_beams=1, longest=MAX_SECONDS):
             item["video"] = transform_video(clip["video"][start:end]).transpose(0, 1)
         if "audio" not in clip or not is_silent(audio):  # of silence, normalising would make noise
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                (text,) = model.generate(collate([item]), num_beams, MAX_TOKENS)
+                (text,) = model.generate(collate([item]), num_beams)
         segments.append({"start": start / FPS, "end": end / FPS, "text": text})
     return segments
 
