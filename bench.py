@@ -57,7 +57,7 @@ def timed(function, device):
     return time.perf_counter() - start
 
 
-def compare(functions, device, seconds=4.0, least=3):
+def compare(functions, device, seconds=3.0, least=3):
     """{name: median seconds} of functions that take turns for about `seconds`, `least` times or more."""
     if least > 1:
         for function in functions.values():  # warm up
