@@ -564,6 +564,7 @@ def _step(rank, folder):
             losses.total.backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
         torch.save((torch.stack(losses[:4]).detach(), gradients), f"{folder}/{projector}{rank}.pt")
+    del wrapped  # see train.py
     dist.destroy_process_group()
 
 

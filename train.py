@@ -418,6 +418,7 @@ def train(args, resume):
     if rank == 0:
         report(about | results, hypotheses, out)
     if world > 1:
+        del wrapped  # before the group: the last to hold it, it would wait for gloo's threads with the lock that they need
         dist.destroy_process_group()
 
 
