@@ -43,8 +43,8 @@ VSR = {"epochs": 36, "clean_epochs": 12, "max_frames": 900, "lr": 4e-4}
 FULL = {"epochs": 8, "clean_epochs": 3, "max_frames": 600}
 QUICK = {"epochs": 6, "clean_epochs": 2, "max_frames": 600}
 SETTINGS = {  # (corpus, --quick): {task: arguments}
-    ("synthetic", False): dict.fromkeys(TASKS, {"epochs": 8, "clean_epochs": 3}),
-    ("synthetic", True): dict.fromkeys(TASKS, {"epochs": 4, "clean_epochs": 3}),
+    ("synthetic", False): dict.fromkeys(TASKS, {"epochs": 8, "clean_epochs": 4}),
+    ("synthetic", True): dict.fromkeys(TASKS, {}),
     ("folder", False): {"vsr": VSR | {"video_encoder": VIDEO}, "asr": FULL, "avsr": FULL},
     ("folder", True): {"vsr": VSR | {"video_encoder": QUICK_VIDEO}, "asr": QUICK, "avsr": QUICK},
 }

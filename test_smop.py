@@ -1044,7 +1044,9 @@ def test_manifests(tmp_path):
     )
     clips = read_manifest(tmp_path / "labels" / "l.csv")
     assert clips[0].path == tmp_path / "lrs3" / "lrs3_video_seg24s/x/1.mp4"
-    assert [c.text for c in clips] == ["HELLO THERE", "plain text", "more text"] and clips[0].id == "lrs3_video_seg24s/x/1"
+    assert [c.text for c in clips] == ["HELLO THERE", "plain text", "more text"] and clips[
+        0
+    ].id == "lrs3_video_seg24s/x/1"
 
 
 @pytest.mark.parametrize(
@@ -1444,7 +1446,10 @@ def test_killed_run_resumes_bit_by_bit(corpus, tmp_path):
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
-    assert f"interrupted; continue with: python train.py --resume {tmp_path / 'broken'}\n" in process.communicate(timeout=LIMIT)[1]
+    assert (
+        f"interrupted; continue with: python train.py --resume {tmp_path / 'broken'}\n"
+        in process.communicate(timeout=LIMIT)[1]
+    )
     assert process.returncode == 1 and not (tmp_path / "broken" / "results.json").exists()
     run(*resume)
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
@@ -1731,7 +1736,7 @@ def test_pretrained_llms_have_the_published_recipe():
     recipe = lambda args: (args.epochs, args.clean_epochs, args.max_frames, args.lr)  # noqa: E731
     assert recipe(read("--llm", "a/b")) == (10, 0, 1500, 1e-3)
     assert recipe(read("--llm", "a/b", "--task", "vsr", "--max-frames", "900")) == (10, 0, 900, 5e-4)
-    assert recipe(read("--lr", "1e-4")) == (4, 3, 200, 1e-4)
+    assert recipe(read("--lr", "1e-4")) == (6, 4, 400, 1e-4)
 
 
 def test_a_difference_is_paired_over_clips():
