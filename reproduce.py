@@ -41,7 +41,7 @@ VIDEO = json.dumps({"dim": 512, "heads": 8, "ffn_dim": 1024, "dropout": 0.1} | S
 QUICK_VIDEO = json.dumps({"dim": 192, "heads": 4, "ffn_dim": 768, "dropout": 0.1} | STEM)
 VSR = {"epochs": 36, "clean_epochs": 12, "max_frames": 900, "lr": 4e-4}
 FULL = {"epochs": 8, "clean_epochs": 3, "max_frames": 600}
-QUICK = {"epochs": 6, "clean_epochs": 2, "max_frames": 600}
+QUICK = {"epochs": 6, "clean_epochs": 3, "max_frames": 600}
 SETTINGS = {  # (corpus, --quick): {task: arguments}
     ("synthetic", False): dict.fromkeys(TASKS, {"epochs": 8, "clean_epochs": 4}),
     ("synthetic", True): dict.fromkeys(TASKS, {}),
