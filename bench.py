@@ -1,6 +1,6 @@
 """What it costs: the mixture, more experts, decoding, the paper's sizes, loading.
 
-    python bench.py                                       # 5.5 minutes on two CPU cores; on a GPU where there is one
+    python bench.py                                       # 4.5 minutes on two CPU cores; on a GPU where there is one
     python bench.py --only projector experts --device cpu
     python bench.py --data GRID_DIR                       # loading speed of prepared clips, too
 
