@@ -497,6 +497,8 @@ def test_published_checkpoint_must_fit(published_parts, tmp_path):
     with pytest.raises(ValueError, match="wrong.pth: refused.*open"):
         from_published(folder, "wrong.pth")
     assert not (tmp_path / "ran").exists()
+    with pytest.raises(ValueError, match="model.pth: with top-1 the published gate is the constant 1"):
+        from_published(folder, top_k=1)
     with pytest.raises(ValueError, match="published form knows JEJR and MLP"):
         save_published(small_model("asr"), tmp_path / "a.pth")
 
