@@ -431,7 +431,8 @@ def write(done, runs, commands, code, args):
     (args.out / f"{args.name}.md").write_text("\n".join(lines), encoding="utf-8")
     for (cell, seed), folder in runs.items():
         run = done.get(cell, {}).get(seed)
-        numbers[folder.name] = {"command": commands[cell, seed]} | (run.sizes | run.results if run else {})
+        found = run.sizes | run.results | {"data": args.data} if run else {}  # not a path of this machine
+        numbers[folder.name] = {"command": commands[cell, seed]} | found
     about |= {"claims": claims, "runs": numbers}
     (args.out / f"{args.name}.json").write_text(json.dumps(about, indent=1) + "\n")
     print(f"wrote {args.out / args.name}.md, .json and pictures")
