@@ -2,7 +2,7 @@
 
     python reproduce.py --data synthetic --quick              # four runs: shows the machinery, not the claims
     python reproduce.py --data grid-mouths --audio-encoder whisper-base-encoder --noise babble.wav \\
-        --align grid/align --llm SmolLM2-135M --jobs 8
+        --align grid/align --llm HuggingFaceTB/SmolLM2-135M-Instruct --jobs 8
     python reproduce.py --data grid-mouths ... --minutes 9    # as far as it gets; the same command goes on from there
     python reproduce.py --data DIR ... -- --epochs 20 --num-beams 15        # after --: arguments for every train.py
 
