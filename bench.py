@@ -424,7 +424,7 @@ def main():
         "loading": bench_loading, "window": bench_window,
     }  # fmt: skip
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts), help="parts to run (default: all)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     parser.add_argument("--data", help="folder of manifests, for loading")
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
     args = parser.parse_args()

@@ -17,6 +17,7 @@ import csv
 import math
 import os
 import random
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 import synthetic
@@ -36,6 +37,7 @@ SAMPLE_RATE = 16_000
 FPS = 25
 SAMPLES_PER_FRAME = SAMPLE_RATE // FPS  # 640
 CROP = 88  # pixels of the 96-pixel mouth region that the video encoder sees
+MAX_REGION = 2 * 96  # a larger picture is no mouth region but a clip that was never prepared
 GREY_MEAN, GREY_STD = 0.421, 0.165  # of AV-HuBERT's training data
 GREY_WEIGHTS = (0.2989, 0.587, 0.114)
 MAX_PIXELS = 4096 * 2304  # a larger picture is refused: one 100-megapixel frame can fill the memory
@@ -246,8 +248,12 @@ def load_media(clip, kind):
     frames = load_video(clip.path)
     if abs(len(frames) - clip.frames) > 1:  # containers round: one frame more or less is no fault
         raise ValueError(f"{clip.path}: {len(frames)} frames at 25 fps, but its manifest says {clip.frames}")
-    if min(frames.shape[1:3]) < CROP:
-        raise ValueError(f"{clip.path}: mouth regions of at least {CROP}x{CROP} are expected, got {frames.shape[1:3]}")
+    height, width = frames.shape[1:3]
+    if min(height, width) < CROP or max(height, width) > MAX_REGION:
+        raise ValueError(
+            f"{clip.path}: {width}x{height} pixels, but mouth regions of {CROP} to {MAX_REGION} are expected; "
+            "prepare.py cuts them out"
+        )
     return frames[np.minimum(np.arange(clip.frames), len(frames) - 1)]
 
 
@@ -412,6 +418,23 @@ class FrameBatches(Sampler):
     def __iter__(self):
         for batch in self.batches()[self.skip :]:
             yield batch[self.rank :: self.world]
+
+
+def make_loader(dataset, batches, workers):
+    """The batches of a ClipDataset, in order, read ahead by `workers` processes.
+
+    The workers ignore the signals that end a run: it takes a whole step more, and they end with it.
+    """
+    # A generator of its own: the iterator draws a seed, which would change the global state (and with it, dropout).
+    return DataLoader(
+        dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, worker_init_fn=ignore_signals,
+        generator=torch.Generator(),
+    )  # fmt: skip
+
+
+def ignore_signals(worker):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # --- checking ----------------------------------------------------------------------------------------------------

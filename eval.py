@@ -24,10 +24,9 @@ import jiwer
 import torch
 import torch.distributed as dist
 import transformers
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import ClipDataset, FrameBatches, collate, load_audio, load_corpus, make_babble
+from data import ClipDataset, FrameBatches, load_audio, load_corpus, make_babble, make_loader
 from model import LlamaSMoP
 
 
@@ -91,8 +90,7 @@ def evaluate(model, clips, load, noise=None, snrs=(None,), num_beams=1, max_fram
     start = time.time()
     for snr in snrs:
         dataset = ClipDataset(clips, load, task, noise=noise, snr=snr)
-        batches = own_batches(clips, max_frames)
-        loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+        loader = make_loader(dataset, own_batches(clips, max_frames), workers)
         texts, routings = [], []
         hook = model.projector.register_forward_hook(
             lambda module, inputs, outputs: routings.append(real_tokens(outputs[1]))
@@ -233,11 +231,11 @@ def main():
     parser.add_argument("--noise", help="audio file (default: that of the training, or babble of its train split)")
     parser.add_argument("--num-beams", type=int, default=1, help="1 is greedy (published: 15)")
     parser.add_argument("--out", type=Path, help="folder for the results (default: the run folder)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     args = parser.parse_args()
 
     if not (args.run / "config.json").is_file():
-        sys.exit(f"{args.run}: no config.json; expected a folder written by train.py or LlamaSMoP.save")
+        raise ValueError(f"{args.run}: no config.json; expected a folder written by train.py or LlamaSMoP.save")
     trained = {"data": None, "noise": None, "seed": None, "workers": 2}  # of a model that train.py did not train
     if (args.run / "args.json").is_file():
         trained = json.loads((args.run / "args.json").read_text())
@@ -246,7 +244,7 @@ def main():
         raise ValueError(f"--num-beams must be between 1 and 100, got {args.num_beams}")
     data = args.data or trained["data"]
     if data is None:
-        sys.exit(f"{args.run}: not trained by train.py, so --data must say what to evaluate on")
+        raise ValueError(f"{args.run}: not trained by train.py, so --data must say what to evaluate on")
     clips, load = load_corpus(data, args.split)
     noise = None
     if any(snr is not None for snr in snrs):
@@ -254,7 +252,7 @@ def main():
     rank, _, device = join_processes(args.device)
     model = LlamaSMoP.load(args.run).place(device)
     if "audio" not in model.kinds and snrs != [None]:
-        sys.exit(f"{args.run}: a model without audio has no SNR")
+        raise ValueError(f"{args.run}: a model without audio has no SNR")
     model.check(clips)
     results, hypotheses = evaluate(model, clips, load, noise, snrs, args.num_beams, workers=trained["workers"])
     if rank == 0:

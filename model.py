@@ -15,6 +15,7 @@ What the LLM reads (Fig. 1 of the paper), one clip; training continues it with t
 Legend: B clips, S samples, T frames, L length of the LLM's input, D width (the LLM's, where nothing else is said).
 """
 
+import errno
 import inspect
 import json
 import os
@@ -26,6 +27,7 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -387,15 +389,16 @@ class LlamaSMoP(nn.Module):
 
 def write_atomically(path, write):
     """write(partial path), then rename: whoever reads `path` finds a whole file, whenever the program is killed. Where
-    it cannot be written (a full disk), an OSError says so and the file that was there stays."""
+    it cannot be written, an OSError says why and the file that was there stays."""
     partial = Path(f"{path}.partial")
     try:
         write(partial)
         os.replace(partial, path)
-    except Exception as error:  # torch and safetensors raise their own
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors raise their own, without a number
         partial.unlink(missing_ok=True)
+        full = getattr(error, "errno", None) in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         kept = "; the previous one is kept" if Path(path).exists() else ""
-        raise OSError(f"{path}: could not be written, is the disk full? ({error}){kept}") from None
+        raise OSError(f"{path}: could not be written{', is the disk full?' * full} ({error}){kept}") from None
 
 
 # --- parts -------------------------------------------------------------------------------------------------------

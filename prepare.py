@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, fit_audio, load_audio, read_manifest, video_frames
+from data import FPS, MAX_REGION, SAMPLE_RATE, SAMPLES_PER_FRAME, fit_audio, load_audio, read_manifest, video_frames
 
 SIZE = 96  # side of the mouth region in pixels; the model sees 88 of it
 FACE = 256  # side of the aligned face that the region is cut from
@@ -153,8 +153,10 @@ def find_mouths(source):
         raise ValueError(f"{source}: a still picture, or one frame of video; a moving mouth is needed")
     share = has_face(landmarks).mean()
     if share < MIN_FACES:
+        small = max(next(video_frames(source)).shape) <= MAX_REGION
         raise ValueError(
             f"{source}: {f'a face in only {share:.0%}' if share else 'no face in any'} of {len(landmarks)} frames"
+            f"{'; is it a mouth region already? The whole face is expected' if small else ''}"
         )
     return cut_mouths(video_frames(source), landmarks)
 

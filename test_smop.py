@@ -1088,8 +1088,11 @@ def test_bad_files_are_refused(tmp_path):
         load(tmp_path / "cut.mp4", "video")
     with pytest.raises(ValueError, match="good.mp4: 25 frames at 25 fps, but its manifest says 40"):
         load(good, "video", frames=40)
+    for name, size in (("tiny.mp4", 64), ("raw.mp4", 288)):  # what prepare.py has not seen must not be trained on
+        with pytest.raises(ValueError, match=f"{name}: {size}x{size} pixels, but mouth regions of .* prepare.py"):
+            load(write_media(tmp_path / name, size=size), "video")
     with pytest.raises(ValueError, match="at least 88x88"):
-        data.transform_video(load(write_media(tmp_path / "tiny.mp4", size=64), "video"))
+        data.transform_video(np.zeros((25, 64, 64), np.uint8))
     with wave.open(str(tmp_path / "good.wav"), "wb") as file:  # a .wav beside the video is read instead of its track
         file.setnchannels(1), file.setsampwidth(2), file.setframerate(8000)
         file.writeframes(np.zeros(8000, "<i2").tobytes())
@@ -1442,19 +1445,21 @@ def test_killed_run_resumes_bit_by_bit(corpus, tmp_path):
     process.wait()
     assert not (tmp_path / "broken" / "results.json").exists()
     resume = ("train.py", "--resume", tmp_path / "broken")
-    lines = len(log.read_text().splitlines())
-    process = subprocess.Popen(
-        [sys.executable, *map(str, resume)], cwd=HERE, env=ENV, stderr=subprocess.PIPE, text=True
-    )
-    while len(log.read_text().splitlines()) < lines + 3:
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    assert (
-        f"interrupted; continue with: python train.py --resume {tmp_path / 'broken'}\n"
-        in process.communicate(timeout=LIMIT)[1]
-    )
-    assert process.returncode == 1 and not (tmp_path / "broken" / "results.json").exists()
+    for number in (signal.SIGINT, signal.SIGTERM):  # to the workers, too, as a terminal and a batch system send them
+        lines = len(log.read_text().splitlines())
+        process = subprocess.Popen(
+            [sys.executable, *map(str, resume)],
+            cwd=HERE, env=ENV, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        while len(log.read_text().splitlines()) < lines + 3:
+            assert process.poll() is None
+            time.sleep(0.005)
+        os.killpg(process.pid, number)
+        printed = process.communicate(timeout=LIMIT)[1]
+        assert f"interrupted; continue with: python train.py --resume {tmp_path / 'broken'}\n" in printed, printed
+        step = torch.load(tmp_path / "broken" / "checkpoint.pt")["step"]
+        assert process.returncode == 1 and step == metrics(tmp_path / "broken")[-1]["step"]  # not a step is lost
+        assert not (tmp_path / "broken" / "results.json").exists()
     run(*resume)
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
@@ -1558,6 +1563,9 @@ def test_full_disk_keeps_the_previous_file(tmp_path):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert (tmp_path / "a").read_bytes() == before and os.listdir(tmp_path) == ["a"]
+    with pytest.raises(OSError, match=r"nowhere/a: could not be written \(.*No such file") as error:
+        write_atomically(tmp_path / "nowhere" / "a", lambda path: path.write_text("text"))
+    assert "is the disk full" not in str(error.value)
 
 
 def test_two_processes_train_resume_and_evaluate(corpus, tmp_path):
@@ -1624,6 +1632,7 @@ def test_transcribe_clips_good_and_bad(tmp_path):
         lines, ["no audio track", "silent, no sound", "no audio track", "not a readable", "no such file"]
     ):
         assert f"{line['clip']}: {message}" in line["error"] and f"error: {line['error']}" in printed
+        assert "--task vsr" not in line["error"]  # this run knows sound alone
     assert lines[-1].keys() == {"clip", "text", "segments"} and lines[-1]["segments"][0]["end"] == pytest.approx(
         1, abs=0.1
     )
@@ -1641,17 +1650,20 @@ def test_transcribe_finds_the_mouth(tmp_path):
     talk = GOLDEN.parent / "grid" / "video" / "pgak2n.mp4"
     prepare.write_sheet(tmp_path / "still.png", [next(data.video_frames(talk))], columns=1)
     write_media(tmp_path / "frame.mp4", seconds=0.04, size=128, audio=False)
-    write_media(tmp_path / "faceless.mp4")
-    clips = [talk, *(tmp_path / name for name in ("still.png", "frame.mp4", "faceless.mp4"))]
+    write_media(tmp_path / "mouth.mp4", size=96)
+    write_media(tmp_path / "faceless.mp4", size=256)
+    clips = [talk, *(tmp_path / name for name in ("still.png", "frame.mp4", "faceless.mp4", "mouth.mp4"))]
     printed = run("transcribe.py", tmp_path / "run", *clips, "--task", "vsr", "--json", "--device", "cpu", ok=False)
     lines = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
     assert "trained on avsr, never on vsr alone" in printed and lines[0]["text"]
-    for line, message in zip(
-        lines[1:], ["a still picture", "a still picture, or one frame", "no face in any of 25 frames"]
-    ):
+    messages = ["a still picture", "a still picture, or one frame", *["no face in any of 25 frames"] * 2]
+    for line, message in zip(lines[1:], messages):
         assert f"{line['clip']}: {message}" in line["error"]
-    mute = run("transcribe.py", tmp_path / "run", tmp_path / "still.png", "--device", "cpu", ok=False)
-    assert "still.png: no audio track; --task vsr reads the lips alone" in mute
+    assert "already" in lines[-1]["error"] and "already" not in lines[-2]["error"]
+    (tmp_path / "text.mp4").write_text("no media")
+    faulty = [tmp_path / "still.png", tmp_path / "text.mp4"]
+    printed = run("transcribe.py", tmp_path / "run", *faulty, "--device", "cpu", ok=False)
+    assert "still.png: no audio track; --task vsr reads the lips alone" in printed and printed.count("--task vsr") == 1
     assert f"{talk}\t" in run("transcribe.py", tmp_path / "run", talk, "--device", "cpu")
 
 

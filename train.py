@@ -26,10 +26,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import TASKS, ClipDataset, FrameBatches, collate, load_corpus
+from data import TASKS, ClipDataset, FrameBatches, load_corpus, make_loader
 from eval import evaluate, gather, join_processes, load_noise, own_batches, parse_snr, report
 from model import LlamaSMoP, is_trained, train_tokenizer, write_atomically
 
@@ -124,7 +123,9 @@ class Args:
     workers: int = arg(2, "processes that load data", 0, 256)
     save_every: int = arg(0, "steps between checkpoints within an epoch (0: after epochs only)", 0, 10**9)
     average: int = arg(1, "epochs at the end whose weights are averaged for evaluation", 1, 10_000)
-    eval_snr: str = arg("clean 5 0 -5", "SNRs (dB) of the final evaluation; a task without audio knows only clean")
+    eval_snr: str = arg(
+        "clean 5 0 -5", "SNRs (dB) of the final evaluation, in quotes; a task without audio knows only clean"
+    )
     num_beams: int = arg(1, "of the final evaluation", 1, 100)
     device: str = arg("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
 
@@ -250,9 +251,7 @@ def train(args, resume):
         clips, load, args.task, train=True, noise=noise, seed=args.seed, clean_epochs=args.clean_epochs
     )
     batches = FrameBatches([c.frames for c in clips], args.max_frames, seed=args.seed, rank=rank, world=world)
-    loader = DataLoader(
-        dataset, batch_sampler=batches, collate_fn=collate, num_workers=args.workers, generator=torch.Generator()
-    )
+    loader = make_loader(dataset, batches, args.workers)
 
     # Where training stands. Everything that the rest of the run depends on goes into checkpoint.pt with it.
     epoch, done, step, start = 0, 0, 0, time.time()  # done: batches of this epoch
@@ -418,9 +417,8 @@ def train(args, resume):
     if rank == 0:
         report(about | results, hypotheses, out)
     if world > 1:
-        del (
-            wrapped
-        )  # before the group: the last to hold it, it would wait for gloo's threads with the lock that they need
+        # Before the group: the last to hold it, it would wait for gloo's threads with the lock that they need.
+        del wrapped
         dist.destroy_process_group()
 
 
@@ -436,8 +434,7 @@ def valid_loss(model, clips, load, args, device):
     """Cross entropy of the transcripts of clean clips: a batch's mean over tokens, weighted by its clips."""
     model.eval()
     batches = own_batches(clips, args.max_frames)
-    dataset = ClipDataset(clips, load, args.task)
-    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=args.workers)
+    loader = make_loader(ClipDataset(clips, load, args.task), batches, args.workers)
     total = torch.zeros((), dtype=torch.double, device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         for batch in loader:

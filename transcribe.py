@@ -44,12 +44,13 @@ def read_clip(path, kinds):
     """{"audio": (frames * 640,) float32, "video": (frames, 96, 96) uint8} of a file, as far as `kinds` names them."""
     clip = {}
     if "audio" in kinds:
+        hint = "; --task vsr reads the lips alone" if "video" in kinds else ""
         try:
             clip["audio"] = load_audio(path)
-            if is_silent(clip["audio"]):
-                raise ValueError(f"{path}: silent, no sound above {20 * math.log10(SILENCE):.0f} dBFS")
         except ValueError as error:
-            raise ValueError(f"{error}{'; --task vsr reads the lips alone' if 'video' in kinds else ''}") from None
+            raise ValueError(f"{error}{hint if 'audio track' in str(error) else ''}") from None
+        if is_silent(clip["audio"]):
+            raise ValueError(f"{path}: silent, no sound above {20 * math.log10(SILENCE):.0f} dBFS{hint}")
         frames = math.ceil(len(clip["audio"]) / SAMPLES_PER_FRAME)
     if "video" in kinds:
         clip["video"] = find_mouths(path)
@@ -111,12 +112,14 @@ def main():
     parser.add_argument("--json", action="store_true", help="print an object a line, with the times of the pieces")
     parser.add_argument("--task", choices=TASKS, help="asr or vsr with a run of avsr (default: that of the run)")
     parser.add_argument(
-        "--longest", type=int, default=MAX_SECONDS, choices=range(2, MAX_SECONDS + 1), metavar="SECONDS",
+        "--longest", type=int, default=MAX_SECONDS, metavar="SECONDS",
         help=f"cut longer clips at pauses, 2 to {MAX_SECONDS} (default: {MAX_SECONDS})",
     )  # fmt: skip
     parser.add_argument("--num-beams", type=int, default=1, help="1 is greedy (published: 15)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     args = parser.parse_args()
+    if not 2 <= args.longest <= MAX_SECONDS:
+        parser.error(f"--longest must be between 2 and {MAX_SECONDS}, got {args.longest}")
 
     model = LlamaSMoP.load(args.run, **{"task": args.task} if args.task else {}).place(args.device)
     trained = json.loads((args.run / "config.json").read_text())["task"]
