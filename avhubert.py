@@ -2,7 +2,7 @@
 
     encoder = AVHubertEncoder.from_fairseq("large_vox_iter5.pt")      # frozen, Base or Large, as the file says
     features = encoder(video, padding_mask)                           # (B, 1, T, 88, 88) -> (B, T, D)
-    encoder = AVHubertEncoder(dim=128, layers=2, heads=4, stem_width=8, trunk_widths=(8, 16, 32, 64))  # small, random
+    encoder = AVHubertEncoder(dim=128, layers=2, heads=4, stem_width=8, trunk_widths=(8, 32))  # small, random
 
 A ResNet-18 with a 3-D stem turns each frame into a vector; its concatenation with the (here: absent, zero) audio half
 goes through a Transformer. Agrees with `facebookresearch/av_hubert`, see the tests.
@@ -77,7 +77,7 @@ class AVHubertEncoder(nn.Module):
 
     dim, layers, heads, ffn_dim: of the Transformer (Base 768, 12, 12, 3072; Large 1024, 24, 16, 4096).
     layer_norm_first: LayerNorm before each block and once at the end, or after each block and once at the start.
-    stem_width, stem_stride, trunk_widths: of the ResNet; small ones train on a CPU.
+    stem_width, stem_stride, trunk_widths: of the ResNet, which has as many stages as widths; small ones train on a CPU.
     conv_pos, conv_pos_groups: kernel and groups of the positional convolution.
     dropout: of the Transformer's activations and attention, and of its whole layers (LayerDrop).
     Frozen (no parameter requires a gradient) means eval mode, BatchNorm included, whatever `train()` says.

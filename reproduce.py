@@ -1,6 +1,6 @@
 """The paper's claims on a corpus of yours: each with its runs, its table, its picture and its verdict.
 
-    python reproduce.py --data synthetic --quick              # four runs: shows the machinery, not the claims
+    python reproduce.py --data synthetic --quick              # six runs
     python reproduce.py --data grid-mouths --audio-encoder whisper-base-encoder --noise babble.wav \\
         --align grid/align --llm HuggingFaceTB/SmolLM2-135M-Instruct --jobs 8
     python reproduce.py --data grid-mouths ... --minutes 9    # as far as it gets; the same command goes on from there
@@ -40,8 +40,8 @@ STEM = {"layers": 2, "stem_width": 12, "stem_stride": 4, "trunk_widths": [12, 24
 VIDEO = json.dumps({"dim": 512, "heads": 8, "ffn_dim": 1024, "dropout": 0.1} | STEM)
 QUICK_VIDEO = json.dumps({"dim": 192, "heads": 4, "ffn_dim": 768, "dropout": 0.1} | STEM)
 VSR = {"epochs": 36, "clean_epochs": 12, "max_frames": 900, "lr": 4e-4}
-FULL = {"epochs": 8, "clean_epochs": 3, "max_frames": 600}
-QUICK = {"epochs": 6, "clean_epochs": 3, "max_frames": 600}
+FULL = {"epochs": 8, "clean_epochs": 3, "max_frames": 600, "lr": 4.5e-4}
+QUICK = FULL | {"epochs": 6}
 SETTINGS = {  # (corpus, --quick): {task: arguments}
     ("synthetic", False): dict.fromkeys(TASKS, {"epochs": 8, "clean_epochs": 4}),
     ("synthetic", True): dict.fromkeys(TASKS, {}),
