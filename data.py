@@ -17,7 +17,6 @@ import csv
 import math
 import os
 import random
-import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -421,20 +420,19 @@ class FrameBatches(Sampler):
 
 
 def make_loader(dataset, batches, workers):
-    """The batches of a ClipDataset, in order, read ahead by `workers` processes.
-
-    The workers ignore the signals that end a run: it takes a whole step more, and they end with it.
-    """
+    """The batches of a ClipDataset, in order, read ahead by `workers` processes."""
     # A generator of its own: the iterator draws a seed, which would change the global state (and with it, dropout).
     return DataLoader(
-        dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, worker_init_fn=ignore_signals,
+        dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, worker_init_fn=leave_group,
         generator=torch.Generator(),
     )  # fmt: skip
 
 
-def ignore_signals(worker):
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def leave_group(worker):
+    """Out of the process group, to which a terminal sends Ctrl-C: the training, which ends after a whole step, needs its
+    workers until then."""
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
 
 
 # --- checking ----------------------------------------------------------------------------------------------------
@@ -459,6 +457,9 @@ def check_corpus(folder, task="avsr", clean=False):
     manifests = [path for path in manifests if path.exists()]
     if not manifests:
         raise FileNotFoundError(f"{folder}: neither train.csv, valid.csv nor test.csv")
+    for old in (Path(f"{path}.old") for path in manifests):
+        if clean and old.exists():
+            raise ValueError(f"{old}: the rows of an earlier --clean are kept there; move it away first")
     faults = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding needs no interpreter lock
         for path in manifests:

@@ -41,6 +41,11 @@ def parse_snr(text):
     return snr
 
 
+def fault(error):
+    """What to print of an error of the input: its sentence, without our call stack, also where a worker met it."""
+    return f"error: {str(error).splitlines()[-1].removeprefix(f'{type(error).__name__}: ')}"
+
+
 def name_snr(snr):
     return "clean" if snr is None else f"{snr:g}"
 
@@ -235,7 +240,7 @@ def main():
     args = parser.parse_args()
 
     if not (args.run / "config.json").is_file():
-        raise ValueError(f"{args.run}: no config.json; expected a folder written by train.py or LlamaSMoP.save")
+        raise ValueError(f"{args.run}: no config.json; expected a folder of LlamaSMoP.save, or of a finished train.py")
     trained = {"data": None, "noise": None, "seed": None, "workers": 2}  # of a model that train.py did not train
     if (args.run / "args.json").is_file():
         trained = json.loads((args.run / "args.json").read_text())
@@ -264,5 +269,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:  # a fault of the input: its sentence, without our call stack
-        sys.exit(f"error: {str(error).splitlines()[-1]}")  # of a worker's error the last line, which is ours
+    except (ValueError, OSError) as error:
+        sys.exit(fault(error))

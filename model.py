@@ -360,7 +360,9 @@ class LlamaSMoP(nn.Module):
         """
         folder = Path(folder)
         if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{folder}: no config.json; expected a folder written by LlamaSMoP.save")
+            raise FileNotFoundError(
+                f"{folder}: no config.json; expected a folder of LlamaSMoP.save, or of a finished train.py"
+            )
         config = json.loads((folder / "config.json").read_text())
         other = (config | changes).keys() ^ (inspect.signature(cls).parameters.keys() - {"tokenizer"})
         if other:

@@ -42,11 +42,9 @@ QUICK_VIDEO = json.dumps({"dim": 192, "heads": 4, "ffn_dim": 768, "dropout": 0.1
 VSR = {"epochs": 36, "clean_epochs": 12, "max_frames": 900, "lr": 4e-4}
 FULL = {"epochs": 8, "clean_epochs": 3, "max_frames": 600, "lr": 4.5e-4}
 QUICK = FULL | {"epochs": 6}
-SETTINGS = {  # (corpus, --quick): {task: arguments}
-    ("synthetic", False): dict.fromkeys(TASKS, {"epochs": 8, "clean_epochs": 4}),
-    ("synthetic", True): dict.fromkeys(TASKS, {}),
-    ("folder", False): {"vsr": VSR | {"video_encoder": VIDEO}, "asr": FULL, "avsr": FULL},
-    ("folder", True): {"vsr": VSR | {"video_encoder": QUICK_VIDEO}, "asr": QUICK, "avsr": QUICK},
+SETTINGS = {  # --quick: {task: arguments}, of a corpus on disk; the synthetic one has train.py's defaults
+    False: {"vsr": VSR | {"video_encoder": VIDEO}, "asr": FULL, "avsr": FULL},
+    True: {"vsr": VSR | {"video_encoder": QUICK_VIDEO}, "asr": QUICK, "avsr": QUICK},
 }
 
 
@@ -69,7 +67,7 @@ def arguments(cell, seed, args):
     """The command line of train.py, but for --out and --workers."""
     given = {"data": args.data, "task": cell.task, "projector": cell.projector, "seed": seed}
     given |= {"llm": args.llms[cell.llm], "eval_snr": " ".join(SNRS)}
-    given |= SETTINGS["synthetic" if args.data == "synthetic" else "folder", args.quick][cell.task]
+    given |= {} if args.data == "synthetic" else SETTINGS[args.quick][cell.task]
     if cell.projector != "mlp":
         given |= {"num_experts": cell.num_experts, "top_k": cell.top_k}
     if not cell.balance:
@@ -173,7 +171,9 @@ def main():
     add("--out", type=Path, default=Path("results"), help="folder of the tables (default: results)")
     add("--name", help="of the tables and of the folder in --runs (default: that of the data, with --quick -quick)")
     args = parser.parse_args(argv, argparse.Namespace(extra=extra))
-    args.seeds = args.seeds or (1 if args.quick else 3)
+    args.seeds = (1 if args.quick else 3) if args.seeds is None else args.seeds
+    if args.seeds < 1 or args.jobs < 1:
+        parser.error(f"--seeds and --jobs must be at least 1, got {args.seeds} and {args.jobs}")
     args.llms = {"tiny": json.dumps(TINY_LLM), "small": None}  # --llm of train.py (None: its default), small ones first
     args.llms |= {Path(args.llm).name: args.llm} if args.llm else {}
     args.name = args.name or Path(args.data).resolve().name + ("-quick" if args.quick else "")

@@ -1226,11 +1226,13 @@ def test_a_corpus_is_checked_as_a_whole(tmp_path, monkeypatch, capsys):
     faults = capsys.readouterr().out.splitlines()
     assert len(faults) == 6 and faults[-1] == "5 faults"
     for fault, words in zip(
-        faults, ("b.mp4: mouth", "c.mp4: 1.0", "'a' stands for several", ":6: empty", ":7: expected")
+        faults, ("b.mp4: 64x64 pixels", "c.mp4: 1.0", "'a' stands for several", ":6: empty", ":7: expected")
     ):
         assert words in fault
     assert len((tmp_path / "test.csv").read_text().splitlines()) == 7  # only changed when asked
     assert len(data.check_corpus(tmp_path, clean=True)) == 5 and not data.check_corpus(tmp_path)
+    with pytest.raises(ValueError, match="test.csv.old: the rows of an earlier --clean"):
+        data.check_corpus(tmp_path, clean=True)
     assert [c.id for c in read_manifest(tmp_path / "test.csv")] == ["a"] and (tmp_path / "test.csv.old").exists()
 
 
@@ -1403,6 +1405,33 @@ def test_numbers_gone_bad_stop_the_run(corpus, tmp_path, monkeypatch, capsys):
             train_here(tmp_path / name, "--data", corpus, "--task", "asr", "--save-every", 1, "--epochs", 4)
         assert str(stop.value).endswith(", ".join(calls[-1])) and len(metrics(tmp_path / name)) >= 5
         assert torch.load(tmp_path / name / "checkpoint.pt")["step"] == 5
+
+
+def test_accumulated_batches_are_one_step(corpus, tmp_path, monkeypatch):
+    """A step logs the mean of its batches' losses; the last one of an epoch may have fewer."""
+    honest, seen = LlamaSMoP.forward, []
+
+    def forward(model, batch, group=None):
+        losses = honest(model, batch, group)
+        seen.extend([losses.lm.item()] * model.training)
+        return losses
+
+    monkeypatch.setattr(LlamaSMoP, "forward", forward)
+    train_here(tmp_path, "--data", corpus, "--max-frames", 100, "--accumulate", 4, "--epochs", 2)
+    logged = [line["lm"] for line in metrics(tmp_path) if "lm" in line]
+    batches = len(seen) // 2
+    assert batches % 4  # an epoch's last step has fewer
+    steps = [epoch[i : i + 4] for epoch in (seen[:batches], seen[batches:]) for i in range(0, batches, 4)]
+    assert logged == pytest.approx([sum(step) / len(step) for step in steps], rel=1e-6)
+
+
+def test_a_bad_clip_ends_the_run_by_name(corpus, tmp_path):
+    """With workers, too, which must not outlive it."""
+    shutil.copytree(corpus, tmp_path / "corpus")
+    bad = sorted((tmp_path / "corpus").glob("train*.mp4"))[3]
+    bad.write_text("no media")
+    printed = run("train.py", "--data", tmp_path / "corpus", *TINY, "--workers", 2, "--out", tmp_path / "run", ok=False)
+    assert printed.count("error: ") == 1 and f"error: {bad}: not a readable" in printed
 
 
 def test_collapsed_router_is_warned_about(corpus, tmp_path, monkeypatch, capsys):

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import TASKS, ClipDataset, FrameBatches, load_corpus, make_loader
-from eval import evaluate, gather, join_processes, load_noise, own_batches, parse_snr, report
+from eval import evaluate, fault, gather, join_processes, load_noise, own_batches, parse_snr, report
 from model import LlamaSMoP, is_trained, train_tokenizer, write_atomically
 
 try:
@@ -223,7 +223,7 @@ def train(args, resume):
         raise ValueError(f"--task must be one of {', '.join(TASKS)}, got {args.task!r}")
     out = Path(args.out)
     for name in ("data", "noise", "llm", "audio_encoder", "video_encoder"):  # args.json must hold from anywhere
-        if getattr(args, name) is not None and os.path.exists(getattr(args, name)):
+        if getattr(args, name) not in (None, "synthetic") and os.path.exists(getattr(args, name)):
             setattr(args, name, os.path.abspath(getattr(args, name)))
     rank, world, device = join_processes(args.device)
     # A core for each worker: arithmetic in as many threads as there are cores would wait for the one that lost its own.
@@ -233,6 +233,8 @@ def train(args, resume):
     (clips, load), (valid, _), (test, _) = (load_corpus(args.data, split) for split in ("train", "valid", "test"))
     has_audio = "audio" in TASKS[args.task]
     snrs = [parse_snr(snr) for snr in args.eval_snr.split()] if has_audio else [None]
+    if not snrs:
+        raise ValueError("--eval-snr is empty; expected clean or a number of dB, or several with spaces between")
     out.mkdir(parents=True, exist_ok=True)
     lock = hold(out) if rank == 0 else None  # noqa: F841: held until the end
     begun = (out / "checkpoint.pt").exists()
@@ -328,7 +330,7 @@ def train(args, resume):
         model.train()
         loads.clear()
         ready = began = time.time()
-        waited, ids = 0, []
+        waited, ids, step_losses = 0, [], {}
         for batch in loader:
             waited += time.time() - ready
             ids += batch["ids"]
@@ -353,6 +355,7 @@ def train(args, resume):
                     f"error: a loss or gradient without a finite value ({values}) after {step} steps; the last "
                     f"checkpoint is kept; clips of this step: {clip_ids}"
                 )
+            step_losses = {name: step_losses.get(name, 0) + values[name] / in_step for name in losses._fields}
             done += 1
             ready = time.time()
             if not update:
@@ -364,9 +367,9 @@ def train(args, resume):
             optimizer.zero_grad(set_to_none=True)
             step += 1
             seconds = time.time() - began
-            values |= {"lr": rate, "clips_per_s": len(ids) * world / seconds, "waited": waited / seconds}
+            values |= step_losses | {"lr": rate, "clips_per_s": len(ids) * world / seconds, "waited": waited / seconds}
             ready = began = time.time()
-            waited, ids = 0, []
+            waited, ids, step_losses = 0, [], {}
             if rank == 0:
                 log(**values)
                 bar.update()
@@ -423,7 +426,7 @@ def train(args, resume):
 
 
 def share_state(model):
-    """Give all processes what process 0 has trained: on CPUs, BatchNorm's statistics are each process's own."""
+    """Give all processes what process 0 has trained: on CPUs, BatchNorm's statistics of a step are each one's own."""
     if dist.is_initialized():
         for tensor in model.trained_state().values():
             dist.broadcast(tensor, 0)
@@ -447,5 +450,5 @@ def valid_loss(model, clips, load, args, device):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:  # a fault of the input: its sentence, without our call stack
-        sys.exit(f"error: {str(error).splitlines()[-1]}")  # of a worker's error the last line, which is ours
+    except (ValueError, OSError) as error:
+        sys.exit(fault(error))

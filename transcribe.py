@@ -118,8 +118,12 @@ def main():
     parser.add_argument("--num-beams", type=int, default=1, help="1 is greedy (published: 15)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     args = parser.parse_args()
-    if not 2 <= args.longest <= MAX_SECONDS:
-        parser.error(f"--longest must be between 2 and {MAX_SECONDS}, got {args.longest}")
+    for flag, value, least, most in (
+        ("--longest", args.longest, 2, MAX_SECONDS),
+        ("--num-beams", args.num_beams, 1, 100),
+    ):
+        if not least <= value <= most:
+            parser.error(f"{flag} must be between {least} and {most}, got {value}")
 
     model = LlamaSMoP.load(args.run, **{"task": args.task} if args.task else {}).place(args.device)
     trained = json.loads((args.run / "config.json").read_text())["task"]
