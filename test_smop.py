@@ -1635,6 +1635,7 @@ def test_two_processes_train_resume_and_evaluate(corpus, tmp_path):
         (("train.py", "--epochs", "many"), "invalid int value"),
         (("train.py", "--top-k", "5"), "--top-k 5 is more than --num-experts 4"),
         (("train.py", "--resume", "nowhere"), "nowhere: no args.json"),
+        (("train.py", "--eval-snr", ""), "--eval-snr is empty"),
         (("eval.py", "nowhere"), "nowhere: no config.json"),
         (("prepare.py", "nowhere", "out"), "nowhere"),
         (("transcribe.py", "nowhere", "talk.mp4"), "nowhere: no config.json"),
