@@ -59,9 +59,8 @@ UNBALANCED = DEDR._replace(balance=False)
 ENCODER = Cell("vsr", "dedr")  # with the first seed, it trains the video encoder of all AVSR cells on a corpus on disk
 QUICK_CELLS = {MLP, DEDR, UNBALANCED, ASR_DEDR}
 JOINT = {
-    Cell("avsr", "jejr"),
-    Cell("avsr", "jedr"),
-}  # they need encoders of equal width, which the quick study of a folder lacks
+    Cell("avsr", p) for p in ("jejr", "jedr")
+}  # need encoders of equal width, unlike those of the quick study on disk
 
 
 def study(args):
