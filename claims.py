@@ -58,9 +58,7 @@ ASR_MLP, ASR_DEDR, MLP, DEDR = (Cell(task, p) for task in ("asr", "avsr") for p 
 UNBALANCED = DEDR._replace(balance=False)
 ENCODER = Cell("vsr", "dedr")  # with the first seed, it trains the video encoder of all AVSR cells on a corpus on disk
 QUICK_CELLS = {MLP, DEDR, UNBALANCED, ASR_DEDR}
-JOINT = {
-    Cell("avsr", p) for p in ("jejr", "jedr")
-}  # need encoders of equal width, unlike those of the quick study on disk
+JOINT = {Cell("avsr", p) for p in ("jejr", "jedr")}  # --quick on disk has encoders of other widths
 
 
 def study(args):
