@@ -21,6 +21,7 @@ from eval import bootstrap, count_errors
 from model import LlamaSMoP
 
 SNRS, NOISY, MAIN = "clean 5 2.5 0 -2.5 -5".split(), "5 2.5 0 -2.5 -5".split(), "clean 0 -5".split()
+LEAST_SEEDS = 3  # for a verdict on a difference of WER: from scratch, a seed may stay on a plateau or leave it
 COLOURS = {
     "mlp": "0.6", "jejr": "C4", "jedr": "C6", "dedr": "C2", "top-1": "#98df8a", "top-2": "C2",
     "audio": "C0", "video": "C1", "experts": ["#264653", "#2a9d8f", "#e9c46a", "#e76f51"],
@@ -172,6 +173,7 @@ def difference(a, b, snrs):
     low, high = bootstrap(clips, points)
     lower = [points(clips, {seed}) < 0 for seed in a.keys() & b.keys()]
     verdict = "shown" if high < 0 else "opposite" if low > 0 else "not shown"
+    verdict = verdict if len(lower) >= LEAST_SEEDS else "open"
     lower = f"{sum(lower)} of {len(lower)}"
     return {"points": round(points(clips), 2), "95": [low, high], "lower": lower, "verdict": verdict}
 
@@ -180,7 +182,7 @@ def compare(done, a, b, snrs):
     """`difference` of two cells with its text."""
     found = difference(*({seed: run.errors for seed, run in done.get(cell, {}).items()} for cell in (a, b)), snrs)
     text = f"{a} against {b}: "
-    if found["verdict"] == "open":
+    if "points" not in found:
         return found | {"text": text + "not trained yet"}
     interval = ", ".join(f"{x:+.1f}" for x in found["95"])
     return found | {"text": f"{text}{found['points']:+.1f} points of WER [{interval}], lower in {found['lower']} seeds"}
@@ -392,7 +394,7 @@ and at an SNR in dB, {beams} beam(s): mean ± standard deviation over seeds. Par
 the projector, of those active for a token. In names, e4 k2 is 4 experts, 2 of them a token. A difference of WER has the
 95 % interval of a paired bootstrap over clips, all seeds together and, where nothing else is said, clean, 0 and −5 dB
 together. The interval tells what other clips might give; the count of seeds, what another training might. **shown**:
-the interval is below 0; **opposite**: above; **not shown**: it holds 0; **open**: not trained yet.
+the interval is below 0; **opposite**: above; **not shown**: it holds 0; **open**: fewer than three seeds were trained.
 """
 
 

@@ -1785,7 +1785,7 @@ def test_pretrained_llms_have_the_published_recipe():
     recipe = lambda args: (args.epochs, args.clean_epochs, args.max_frames, args.lr)  # noqa: E731
     assert recipe(read("--llm", "a/b")) == (10, 0, 1500, 1e-3)
     assert recipe(read("--llm", "a/b", "--task", "vsr", "--max-frames", "900")) == (10, 0, 900, 5e-4)
-    assert recipe(read("--lr", "1e-4")) == (6, 4, 400, 1e-4)
+    assert recipe(read("--lr", "1e-4")) == (4, 2, 400, 1e-4)
 
 
 def test_a_difference_is_paired_over_clips():
@@ -1796,15 +1796,17 @@ def test_a_difference_is_paired_over_clips():
     hard = {key: (1 + i % 12 // 2, 6) for i, key in enumerate(keys)}  # clips differ much more than the models do
     gain = {key: (errors - (i % 3 == 0), words) for i, (key, (errors, words)) in enumerate(hard.items())}
     even = {key: (errors + (-1) ** (i // 2), words) for i, (key, (errors, words)) in enumerate(hard.items())}
-    better = claims.difference({0: gain, 1: gain, 2: even}, {0: hard, 1: hard}, ["clean", "0"])
-    assert (
-        better["points"] == round(-100 * 34 / 600, 2) and better["lower"] == "2 of 2" and better["verdict"] == "shown"
-    )
+    seeds = lambda *runs: dict(enumerate(runs))  # noqa: E731
+    gains, evens, hards = (seeds(run, run, run) for run in (gain, even, hard))
+    better = claims.difference(gains | {3: even}, hards, ["clean", "0"])
+    assert better["points"] == round(-100 * 34 / 600, 2) and (better["lower"], better["verdict"]) == ("3 of 3", "shown")
     assert better["95"][0] < better["points"] < better["95"][1] < 0
-    worse = claims.difference({0: hard}, {0: gain}, ["clean", "0"])
+    worse = claims.difference(hards, gains, ["clean", "0"])
     assert worse["points"] == -better["points"] and worse["verdict"] == "opposite"
-    same = claims.difference({0: even}, {0: hard}, ["clean", "0"])
+    same = claims.difference(evens, hards, ["clean", "0"])
     assert same["95"][0] < 0 < same["95"][1] and same["verdict"] == "not shown"
+    one = claims.difference({0: gain}, {0: hard}, ["clean", "0"])  # a seed may be luck
+    assert one["points"] == better["points"] and one["verdict"] == "open"
     assert claims.difference({0: gain}, {1: hard}, ["clean"])["verdict"] == "open"
 
 
