@@ -1785,7 +1785,7 @@ def test_pretrained_llms_have_the_published_recipe():
     recipe = lambda args: (args.epochs, args.clean_epochs, args.max_frames, args.lr)  # noqa: E731
     assert recipe(read("--llm", "a/b")) == (10, 0, 1500, 1e-3)
     assert recipe(read("--llm", "a/b", "--task", "vsr", "--max-frames", "900")) == (10, 0, 900, 5e-4)
-    assert recipe(read("--lr", "1e-4")) == (4, 2, 400, 1e-4)
+    assert recipe(read("--lr", "1e-4")) == (6, 4, 400, 1e-4)
 
 
 def test_a_difference_is_paired_over_clips():

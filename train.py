@@ -65,7 +65,7 @@ SMALL_AVHUBERT = {
 
 
 # What is not given: models from scratch would stay on a plateau with the published rates, and with noise from the start.
-FROM_SCRATCH = {"epochs": 4, "clean_epochs": 2, "max_frames": 400, "lr": 6e-4}
+FROM_SCRATCH = {"epochs": 6, "clean_epochs": 4, "max_frames": 400, "lr": 3e-4}
 PUBLISHED = {"epochs": 10, "clean_epochs": 0, "max_frames": 1500, "lr": 1e-3}  # with a pretrained LLM; lr 5e-4 for vsr
 
 COLLAPSE_SHARE = 0.95  # of a router's weight on its top_k busiest experts, over an epoch
@@ -103,9 +103,9 @@ class Args:
     load_balancing_weight: float = arg(0.01, "of the load-balancing loss", 0, 100)
     router_z_weight: float = arg(0.001, "of the router z-loss", 0, 100)
     # optimisation
-    epochs: int | None = arg(None, "passes over the train split (default: 4, with a pretrained LLM 10)", 1, 10_000)
+    epochs: int | None = arg(None, "passes over the train split (default: 6, with a pretrained LLM 10)", 1, 10_000)
     lr: float | None = arg(
-        None, "peak learning rate (default: 6e-4, with a pretrained LLM 1e-3, and then 5e-4 for vsr)", 1e-9, 1
+        None, "peak learning rate (default: 3e-4, with a pretrained LLM 1e-3, and then 5e-4 for vsr)", 1e-9, 1
     )
     warmup: float = arg(0.05, "share of the steps with a rising learning rate; a cosine follows", 0, 1)
     weight_decay: float = arg(0.1, "of AdamW", 0, 10)
@@ -115,7 +115,7 @@ class Args:
     )
     accumulate: int = arg(1, "batches a step", 1, 10_000)
     clean_epochs: int | None = arg(
-        None, "epochs at the start without noise and masks (default: 2, with a pretrained LLM 0)", 0, 10_000
+        None, "epochs at the start without noise and masks (default: 4, with a pretrained LLM 0)", 0, 10_000
     )
     noise: str | None = arg(None, "audio file of noise (default: babble made of the train split)")
     seed: int = arg(0, "of the weights, the order and the augmentation", 0, 2**63 - 1)
