@@ -2,7 +2,7 @@
 
     encoder = AVHubertEncoder.from_fairseq("large_vox_iter5.pt")      # frozen, Base or Large, as the file says
     features = encoder(video, padding_mask)                           # (B, 1, T, 88, 88) -> (B, T, D)
-    encoder = AVHubertEncoder(dim=128, layers=2, heads=4, stem_width=8, trunk_widths=(8, 32))  # small, random
+    encoder = AVHubertEncoder(dim=128, layers=2, heads=4, stem_width=8, trunk_widths=(8, 16, 32, 64))  # small, random
 
 A ResNet-18 with a 3-D stem turns each frame into a vector; its concatenation with the (here: absent, zero) audio half
 goes through a Transformer. Agrees with `facebookresearch/av_hubert`, see the tests.

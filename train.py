@@ -59,13 +59,13 @@ SMALL_AVHUBERT = {
     "ffn_dim": 256,
     "stem_width": 8,
     "stem_stride": 8,
-    "trunk_widths": [8, 32],
+    "trunk_widths": [8, 16, 32, 64],
     "conv_pos": 32,
 }
 
 
 # What is not given: models from scratch would stay on a plateau with the published rates, and with noise from the start.
-FROM_SCRATCH = {"epochs": 6, "clean_epochs": 4, "max_frames": 400, "lr": 3e-4}
+FROM_SCRATCH = {"epochs": 6, "clean_epochs": 4, "max_frames": 400, "lr": 4.5e-4}
 PUBLISHED = {"epochs": 10, "clean_epochs": 0, "max_frames": 1500, "lr": 1e-3}  # with a pretrained LLM; lr 5e-4 for vsr
 
 COLLAPSE_SHARE = 0.95  # of a router's weight on its top_k busiest experts, over an epoch
@@ -105,7 +105,7 @@ class Args:
     # optimisation
     epochs: int | None = arg(None, "passes over the train split (default: 6, with a pretrained LLM 10)", 1, 10_000)
     lr: float | None = arg(
-        None, "peak learning rate (default: 3e-4, with a pretrained LLM 1e-3, and then 5e-4 for vsr)", 1e-9, 1
+        None, "peak learning rate (default: 4.5e-4, with a pretrained LLM 1e-3, and then 5e-4 for vsr)", 1e-9, 1
     )
     warmup: float = arg(0.05, "share of the steps with a rising learning rate; a cosine follows", 0, 1)
     weight_decay: float = arg(0.1, "of AdamW", 0, 10)
