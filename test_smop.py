@@ -1236,6 +1236,24 @@ def test_a_corpus_is_checked_as_a_whole(tmp_path, monkeypatch, capsys):
     assert [c.id for c in read_manifest(tmp_path / "test.csv")] == ["a"] and (tmp_path / "test.csv.old").exists()
 
 
+def test_variable_frame_rate_is_read_by_time(tmp_path):
+    """As phones record: a frame stands until the next one, whenever that comes."""
+    starts = [0, 2, 4, 14, 16, 20, 42, 48]  # fiftieths of a second; the grey level is the start
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=50, options={"crf": "1", "bf": "0"})
+        stream.width = stream.height = 96
+        stream.pix_fmt, stream.codec_context.time_base = "yuv420p", Fraction(1, 50)
+        for start in starts:
+            frame = av.VideoFrame.from_ndarray(np.full((96, 96), 20 + 4 * start, np.uint8), format="gray")
+            frame.pts, frame.time_base = start, Fraction(1, 50)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    # How long the last frame stands is not in the file: as long as an average one.
+    levels = data.load_video(tmp_path / "a.mp4").mean((1, 2))
+    shown = [max(start for start in starts if start <= 2 * tick) for tick in range(len(levels))]
+    assert 25 <= len(levels) <= 28 and np.abs(levels - (20 + 4 * np.array(shown))).max() < 12
+
+
 @pytest.mark.parametrize(
     "content", [b"\xff\xfe\x00", b'id,path,frames,text\na,a,"1', b"id,path,frames,text\na,a,\xb2,t"]
 )
