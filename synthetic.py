@@ -77,10 +77,9 @@ def _script(name):
         held_out = zlib.crc32(" ".join(words).encode()) % 8
         if (split == "test", split == "valid") == (held_out == 0, held_out == 1):
             break
-    phones = [("_", rng.randint(2, 4))]
+    phones = [("_", rng.randint(1, 2))]
     for word, row in zip(words, MATRIX):
-        phones += [(phone, rng.randint(4, 6) if phone in VOWELS else rng.randint(2, 3)) for phone in row[word]]
-        phones.append(("_", rng.randint(1, 2)))
+        phones += [(phone, rng.randint(3, 4) if phone in VOWELS else 2) for phone in row[word]] + [("_", 1)]
     return words, phones
 
 

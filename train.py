@@ -47,14 +47,14 @@ SMALL_LLM = {
 }
 SMALL_WHISPER = {
     "d_model": 128,
-    "encoder_layers": 2,
+    "encoder_layers": 1,
     "encoder_attention_heads": 4,
     "encoder_ffn_dim": 256,
     "init_std": 0.1,
 }
 SMALL_AVHUBERT = {
     "dim": 128,
-    "layers": 2,
+    "layers": 1,
     "heads": 4,
     "ffn_dim": 256,
     "stem_width": 8,
@@ -65,7 +65,7 @@ SMALL_AVHUBERT = {
 
 
 # What is not given: models from scratch would stay on a plateau with the published rates, and with noise from the start.
-FROM_SCRATCH = {"epochs": 6, "clean_epochs": 4, "max_frames": 400, "lr": 4.5e-4}
+FROM_SCRATCH = {"epochs": 6, "clean_epochs": 3, "max_frames": 320, "lr": 4e-4}
 PUBLISHED = {"epochs": 10, "clean_epochs": 0, "max_frames": 1500, "lr": 1e-3}  # with a pretrained LLM; lr 5e-4 for vsr
 
 COLLAPSE_SHARE = 0.95  # of a router's weight on its top_k busiest experts, over an epoch
@@ -105,17 +105,17 @@ class Args:
     # optimisation
     epochs: int | None = arg(None, "passes over the train split (default: 6, with a pretrained LLM 10)", 1, 10_000)
     lr: float | None = arg(
-        None, "peak learning rate (default: 4.5e-4, with a pretrained LLM 1e-3, and then 5e-4 for vsr)", 1e-9, 1
+        None, "peak learning rate (default: 4e-4, with a pretrained LLM 1e-3, and then 5e-4 for vsr)", 1e-9, 1
     )
     warmup: float = arg(0.05, "share of the steps with a rising learning rate; a cosine follows", 0, 1)
     weight_decay: float = arg(0.1, "of AdamW", 0, 10)
     clip_grad: float = arg(1.0, "largest norm of the gradient", 1e-6, 1e6)
     max_frames: int | None = arg(
-        None, "video frames in a batch a process, padding included (default: 400, with a pretrained LLM 1500)", 1, 10**6
+        None, "video frames in a batch a process, padding included (default: 320, with a pretrained LLM 1500)", 1, 10**6
     )
     accumulate: int = arg(1, "batches a step", 1, 10_000)
     clean_epochs: int | None = arg(
-        None, "epochs at the start without noise and masks (default: 4, with a pretrained LLM 0)", 0, 10_000
+        None, "epochs at the start without noise and masks (default: 3, with a pretrained LLM 0)", 0, 10_000
     )
     noise: str | None = arg(None, "audio file of noise (default: babble made of the train split)")
     seed: int = arg(0, "of the weights, the order and the augmentation", 0, 2**63 - 1)
