@@ -38,7 +38,6 @@ SAMPLES_PER_FRAME = SAMPLE_RATE // FPS  # 640
 CROP = 88  # pixels of the 96-pixel mouth region that the video encoder sees
 MAX_REGION = 2 * 96  # a larger picture is no mouth region but a clip that was never prepared
 GREY_MEAN, GREY_STD = 0.421, 0.165  # of AV-HuBERT's training data
-GREY_WEIGHTS = (0.2989, 0.587, 0.114)
 MAX_PIXELS = 4096 * 2304  # a larger picture is refused: one 100-megapixel frame can fill the memory
 MAX_SECONDS = 30  # what Whisper sees
 MAX_GAP = 60  # seconds without a frame, or between the starts of sound and picture: more is a damaged timestamp
@@ -260,7 +259,7 @@ def load_media(clip, kind):
 
 
 def transform_video(frames, rng=None):
-    """(T, H, W) grey or (T, H, W, 3) RGB uint8 -> (T, 1, 88, 88) float32, normalised for AV-HuBERT.
+    """(T, H, W) grey, 0 to 255 -> (T, 1, 88, 88) float32, normalised for AV-HuBERT.
 
     The centre is cut out; with `rng` (a random.Random) a random place, flipped half of the time.
     """
@@ -271,18 +270,16 @@ def transform_video(frames, rng=None):
     if rng is not None:
         top, left = rng.randint(0, height - CROP), rng.randint(0, width - CROP)
     video = torch.from_numpy(frames[:, top : top + CROP, left : left + CROP]).float() / 255
-    if video.ndim == 4:
-        video = video @ torch.tensor(GREY_WEIGHTS)
     video = (video - GREY_MEAN) / GREY_STD
     if rng is not None and rng.random() < 0.5:
         video = video.flip(-1)
     return video.unsqueeze(1)
 
 
-def transform_audio(samples, length=None):
-    """(S,) float32 -> (length, 1): cut or padded, then normalised to mean 0 and variance 1 over the whole clip."""
-    audio = torch.from_numpy(fit_audio(samples, len(samples) if length is None else length)).float()
-    return F.layer_norm(audio, audio.shape, eps=1e-8).unsqueeze(1)
+def transform_audio(samples):
+    """(S,) float32 normalised to mean 0 and variance 1 over the whole clip."""
+    audio = torch.from_numpy(samples).float()
+    return F.layer_norm(audio, audio.shape, eps=1e-8)
 
 
 def mask_spans(x, rate, rng, longest=0.4):
@@ -335,9 +332,6 @@ class ClipDataset(Dataset):
             raise ValueError(f"an SNR of {snr} dB needs a noise")
         self.clips, self.load, self.kinds, self.noise, self.snr = clips, load, TASKS[task], noise, snr
         self.train, self.seed, self.epoch, self.clean_epochs = train, seed, 0, clean_epochs
-        long = [clip.id for clip in clips if clip.frames > MAX_SECONDS * FPS]
-        if long and "audio" in self.kinds:
-            raise ValueError(f"{len(long)} clips are longer than Whisper's {MAX_SECONDS} s: {', '.join(long[:5])}")
 
     def __len__(self):
         return len(self.clips)
@@ -353,7 +347,7 @@ class ClipDataset(Dataset):
             snr = rng.choice(TRAIN_SNRS) if hard else self.snr
             if snr is not None and self.noise is not None:  # 0 dB is an SNR
                 samples = add_noise(samples, self.noise, snr, rng)
-            item["audio"] = transform_audio(samples).squeeze(1)
+            item["audio"] = transform_audio(samples)
         if "video" in self.kinds:
             frames = self.load(clip, "video")
             frames = mask_spans(frames, FPS, rng) if hard else frames

@@ -140,7 +140,7 @@ def train(runs, args):
                     command = [sys.executable, str(HERE / "train.py"), *command]
                     running[run] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
             time.sleep(0.2)
-    finally:  # what is stopped goes on from its last epoch the next time
+    finally:  # what is stopped goes on from where it is the next time
         for process in running.values():
             process.terminate()
         for process in running.values():

@@ -1,8 +1,8 @@
 """The built-in corpus: a talking mouth in numpy, so that the whole program runs anywhere in minutes.
 
 A sentence takes four words from a matrix, a word is a few phones, and a phone is a target for the vocal tract (what is
-heard) and one for the lips (what is seen). Targets glide into each other (coarticulation); clips differ in pitch, vocal
-tract length, durations, face and light. As in speech, the two senses complete each other:
+heard) and one for the lips (what is seen). What is heard glides from target to target (coarticulation); clips differ in
+pitch, vocal tract length, durations, face and light. As in speech, the two senses complete each other:
 
 * p, b and m look the same, so do f and v, t, d, n and s, k and g: the lips show where a consonant is made;
 * in noise p, t and k sound the same, so do b, d and g, m and n, f and s: what is left to hear is how it is made.
@@ -84,7 +84,7 @@ def _script(name):
 
 
 def _targets(phones, column, rate):
-    """Targets (rate * seconds, columns) that glide from phone to phone over about 60 ms."""
+    """Targets (rate * seconds, columns) that glide from phone to phone over about 60 ms, which for video is one frame."""
     steps = np.concatenate([np.tile(PHONES[p][column], (n * rate // FPS, 1)) for p, n in phones]).astype(np.float32)
     window = np.hanning(2 * (rate * 6 // 100 // 2) + 3)[1:-1]
     padded = np.pad(steps, ((len(window) // 2,) * 2, (0, 0)), mode="edge")

@@ -176,12 +176,6 @@ def test_renormalised_top1_gives_the_router_no_gradient():
         assert (layer.gate.weight.grad.abs().max() < 1e-5) == renormalize
 
 
-def test_one_expert_is_the_mlp_projector():
-    layer = SMoP(6, 5, num_experts=1, top_k=1)
-    x = torch.randn(3, 4, 6)
-    close(layer(x)[0], layer.experts[0](x))
-
-
 def test_router_stays_in_float32():
     layer = SMoP(6, 5)
     x = torch.randn(10, 6)
@@ -394,7 +388,7 @@ def test_whole_model_equals_published_numbers(published, case):
     frames = info["cases"][case]["clips_frames_samples"][0][0]
     waves = [get(f"wave{i}").numpy() for i in range(len(texts))]
     items = [
-        {"id": case, "text": text, "audio": data.transform_audio(samples, 640 * frames)[:, 0]}
+        {"id": case, "text": text, "audio": data.transform_audio(data.fit_audio(samples, 640 * frames))}
         for text, samples in zip(texts, waves)
     ]
     batch = collate(items)
@@ -889,12 +883,12 @@ def test_frozen_matrices_in_bf16_cost_no_more_than_autocast():
 def test_transforms_equal_published_numbers():
     golden = np.load(GOLDEN / "transforms.npz")
     for side in ("even", "odd"):
-        close(data.transform_video(golden[f"{side}.frames_rgb_u8"]), golden[f"{side}.video"])
-        close(data.transform_video(golden[f"{side}.grey_as_rgb_u8"]), golden[f"{side}.grey_as_rgb_video"])
+        grey = golden[f"{side}.frames_rgb_u8"] @ np.float32([0.2989, 0.587, 0.114])  # as torchvision does
+        close(data.transform_video(grey), golden[f"{side}.video"])
         grey = golden[f"{side}.grey_as_rgb_u8"][..., 0]
-        close(data.transform_video(grey), golden[f"{side}.grey_as_rgb_video"], atol=1e-3)
+        close(data.transform_video(grey), golden[f"{side}.grey_as_rgb_video"], atol=1e-3)  # their weights sum to 0.9999
     for n in (4000, 3200, 5120):
-        close(data.transform_audio(golden["wave"], n), golden[f"audio_cut_or_pad_{n}"])
+        close(data.transform_audio(data.fit_audio(golden["wave"], n)), golden[f"audio_cut_or_pad_{n}"][:, 0])
 
 
 @pytest.mark.parametrize("snr", [-5.0, 0.0, 5.0])
@@ -908,7 +902,7 @@ def test_noise_has_the_stated_level_and_repeats(snr):
     assert not torch.equal(noisy, ClipDataset(clips, load, "asr", noise=noise, snr=snr + 1)[0]["audio"])
     added = data.add_noise(clean, noise, snr, random.Random(f"0 0 {clips[0].id}")) - clean
     assert 10 * np.log10(np.mean(clean**2) / np.mean(added**2)) == pytest.approx(snr, abs=1e-3)
-    close(noisy, data.transform_audio(clean + added)[:, 0], atol=1e-4)
+    close(noisy, data.transform_audio(clean + added), atol=1e-4)
 
 
 def test_augmentation_depends_on_the_epoch_alone():
@@ -931,7 +925,8 @@ def test_batches_lose_and_repeat_no_clip(world):
         sampler.epoch = 4
         batches = list(sampler)
         assert len(batches) == len(sampler) and all(batches)
-        assert all(len(b) * max(frames[i] for i in b) <= 300 + 2 * max(frames) for b in batches)
+        longer = [b for b in batches if len(b) * max(frames[i] for i in b) > 300]
+        assert len(longer) <= (world > 1)  # what is left for too few processes joins another batch
         steps.append(len(batches))
         seen += [i for b in batches for i in b]
         sampler.skip = 2
@@ -1361,7 +1356,7 @@ def test_long_clip_is_its_pieces(tmp_path, monkeypatch):
     for segment in segments:
         frames = slice(round(25 * segment["start"]), round(25 * segment["end"]))
         piece = audio[640 * frames.start : 640 * frames.stop]
-        item = {"id": "a", "text": "", "audio": data.transform_audio(piece)[:, 0]}
+        item = {"id": "a", "text": "", "audio": data.transform_audio(piece)}
         item["video"] = data.transform_video(mouths[frames]).transpose(0, 1)
         expected = model.generate(collate([item]), 1)[0] if piece.any() else ""
         assert segment["text"] == expected
@@ -1431,21 +1426,25 @@ def test_numbers_gone_bad_stop_the_run(corpus, tmp_path, monkeypatch, capsys):
 
 
 def test_accumulated_batches_are_one_step(corpus, tmp_path, monkeypatch):
-    """A step logs the mean of its batches' losses; the last one of an epoch may have fewer."""
+    """A step has the mean of its batches' losses and gradients; the last one of an epoch may have fewer."""
     honest, seen = LlamaSMoP.forward, []
 
     def forward(model, batch, group=None):
         losses = honest(model, batch, group)
-        seen.extend([losses.lm.item()] * model.training)
+        if model.training:
+            trained = [p for p in model.parameters() if p.requires_grad]
+            gradients = torch.autograd.grad(losses.total, trained, retain_graph=True, materialize_grads=True)
+            seen.append(torch.cat([losses.lm.detach().view(1), *(g.flatten() for g in gradients)]))
         return losses
 
     monkeypatch.setattr(LlamaSMoP, "forward", forward)
-    train_here(tmp_path, "--data", corpus, "--max-frames", 100, "--accumulate", 4, "--epochs", 2)
-    logged = [line["lm"] for line in metrics(tmp_path) if "lm" in line]
+    train_here(tmp_path, "--data", corpus, "--max-frames", 100, "--accumulate", 3, "--epochs", 2)
+    logged = [(line["lm"], line["grad_norm"]) for line in metrics(tmp_path) if "lm" in line]
     batches = len(seen) // 2
-    assert batches % 4  # an epoch's last step has fewer
-    steps = [epoch[i : i + 4] for epoch in (seen[:batches], seen[batches:]) for i in range(0, batches, 4)]
-    assert logged == pytest.approx([sum(step) / len(step) for step in steps], rel=1e-6)
+    assert batches % 3  # an epoch's last step has fewer
+    steps = [epoch[i : i + 3] for epoch in (seen[:batches], seen[batches:]) for i in range(0, batches, 3)]
+    means = [torch.stack(step).mean(0) for step in steps]
+    close(torch.tensor(logged), torch.stack([torch.stack([m[0], m[1:].norm()]) for m in means]))
 
 
 def test_a_bad_clip_ends_the_run_by_name(corpus, tmp_path):
@@ -1477,7 +1476,7 @@ def test_killed_run_resumes_bit_by_bit(corpus, tmp_path):
         corpus,
         *TINY,
         "--save-every",
-        2,
+        1,
         "--average",
         2,
         "--epochs",
@@ -1808,7 +1807,7 @@ def test_pretrained_llms_have_the_published_recipe():
     recipe = lambda args: (args.epochs, args.clean_epochs, args.max_frames, args.lr)  # noqa: E731
     assert recipe(read("--llm", "a/b")) == (10, 0, 1500, 1e-3)
     assert recipe(read("--llm", "a/b", "--task", "vsr", "--max-frames", "900")) == (10, 0, 900, 5e-4)
-    assert recipe(read("--lr", "1e-4")) == (6, 4, 400, 1e-4)
+    assert recipe(read("--lr", "1e-4")) == (6, 3, 320, 1e-4)
 
 
 def test_a_difference_is_paired_over_clips():

@@ -113,7 +113,7 @@ class Args:
     max_frames: int | None = arg(
         None, "video frames in a batch a process, padding included (default: 320, with a pretrained LLM 1500)", 1, 10**6
     )
-    accumulate: int = arg(1, "batches a step", 1, 10_000)
+    accumulate: int = arg(1, "batches a step, of which each counts the same", 1, 10_000)
     clean_epochs: int | None = arg(
         None, "epochs at the start without noise and masks (default: 3, with a pretrained LLM 0)", 0, 10_000
     )
@@ -236,7 +236,7 @@ def train(args, resume):
     if not snrs:
         raise ValueError("--eval-snr is empty; expected clean or a number of dB, or several with spaces between")
     out.mkdir(parents=True, exist_ok=True)
-    lock = hold(out) if rank == 0 else None  # noqa: F841: held until the end
+    lock = hold(out) if rank == 0 else None  # noqa: F841 (held until the end)
     begun = (out / "checkpoint.pt").exists()
     if begun and not resume:
         sys.exit(f"error: {out} holds a run; continue it with --resume {out}, or choose another --out, or delete it")

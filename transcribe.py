@@ -5,7 +5,8 @@
     python transcribe.py RUN silent.mp4 --task vsr           # an avsr run, from the lips alone
 
 RUN is a folder written by train.py or LlamaSMoP.save. The largest face is found and followed, and its mouth cut, as
-prepare.py does (dlib: pip install -r requirements-extra.txt); asr needs no face. A clip of more than 30 s, all that
+prepare.py does (dlib: pip install -r requirements-extra.txt); asr needs no face. Where talk.wav lies beside talk.mp4,
+as prepare.py writes it, it is the sound. A clip of more than 30 s, all that
 Whisper sees, is cut at pauses (without sound, into equal pieces) and the texts are joined; --longest 5 suits a model
 that knows short clips alone. What cannot be transcribed (no face, a still picture, no sound, silence, ...) is said on
 stderr; the other clips go on, and the exit status is then 1.
@@ -95,7 +96,7 @@ def transcribe(model, path, num_beams=1, longest=MAX_SECONDS):
         item, text = {"id": str(path), "text": ""}, ""
         if "audio" in clip:
             audio = clip["audio"][start * SAMPLES_PER_FRAME : end * SAMPLES_PER_FRAME]
-            item["audio"] = transform_audio(audio).squeeze(1)
+            item["audio"] = transform_audio(audio)
         if "video" in clip:
             item["video"] = transform_video(clip["video"][start:end]).transpose(0, 1)
         if "audio" not in clip or not is_silent(audio):  # of silence, normalising would make noise
