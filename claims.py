@@ -268,6 +268,7 @@ def bars(ax, groups, series, **labels):
         label = name.upper() if name in ("mlp", "jejr", "jedr", "dedr") else name
         ax.bar(x, [statistics.mean(v) if v else 0 for v in values], width, color=COLOURS[name], label=label)
         spreads(ax, x, values, color="0.2", fmt="none")
+    ax.set_ylim(0)
     ax.set(xticks=range(len(groups)), xticklabels=groups, **labels)
 
 
@@ -315,7 +316,7 @@ def experts(done, claim, args):
             spreads(ax, [c.num_experts for c in of_k], [values(c) for c in of_k], **style)
         if values(MLP):
             ax.axhline(statistics.mean(values(MLP)), color=COLOURS["mlp"], label="MLP")
-        ax.set(xscale="log", xlabel="experts a modality", ylabel=label, ylim=(0, None))
+        ax.set(xscale="log", xlabel="experts a modality", ylabel=label, ylim=(0, 1.1 * ax.get_ylim()[1]))
         ax.set_xticks(counts, counts)
         ax.minorticks_off()
     return {"decode time": texts}, verdicts, {"experts": fig}

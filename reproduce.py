@@ -1,6 +1,6 @@
 """The paper's claims on a corpus of yours: each with its runs, its table, its picture and its verdict.
 
-    python reproduce.py --data synthetic --quick              # six runs
+    python reproduce.py --data synthetic --quick              # six runs, 12 minutes on two cores
     python reproduce.py --data grid-mouths --audio-encoder whisper-base-encoder --noise babble.wav \\
         --align grid/align --llm HuggingFaceTB/SmolLM2-135M-Instruct --jobs 8
     python reproduce.py --data grid-mouths ... --minutes 9    # as far as it gets; the same command goes on from there
