@@ -437,8 +437,8 @@ def whisper_frames(samples):
 def whisper_on_clip(encoder, mel, mask):
     """A Whisper encoder on fewer than 30 s: mel (B, mels, 2T), mask (B, T) bool, True = real -> (B, T, D).
 
-    As WhisperEncoder.forward without LayerDrop, with its first T positions, and with padding hidden from the convolutions and as
-    attention keys, so that a clip's features do not depend on its batch.
+    As WhisperEncoder.forward without LayerDrop, with its first T positions, and with padding hidden from the
+    convolutions and as attention keys, so that a clip's features do not depend on its batch.
     """
     x = F.gelu(encoder.conv1(mel * mask.repeat_interleave(MEL_PER_FRAME, 1).unsqueeze(1)))  # (B, D, 2T)
     x = F.gelu(encoder.conv2(x * mask.repeat_interleave(MEL_PER_FRAME, 1).unsqueeze(1)))  # (B, D, T)

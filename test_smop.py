@@ -858,22 +858,26 @@ def test_frozen_matrices_in_bf16_cost_no_more_than_autocast():
     for part in (model.audio_encoder, model.video_encoder, model.llm):
         part.requires_grad_(False)
     model.llm = add_lora(model.llm)
-    batch = collate([ClipDataset(clips[:2], load, "avsr")[i] for i in range(2)])
-    gradients = []
+    items = [ClipDataset(clips, load, "avsr")[i] for i in range(10)]
+    batches = [collate(items[i : i + 2]) for i in range(0, 10, 2)]
+    gradients = []  # of each batch
     for autocast, half in ((False, False), (True, False), (True, True)):
         if half:
             model.halve_frozen()
-        model.train().zero_grad()
+        gradients.append([])
+        for batch in batches:
+            model.train().zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                model(batch).total.backward()
+            gradients[-1].append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            model(batch).total.backward()
             assert len(model.eval().generate_ids(batch, 2, max_new_tokens=4)) == 2
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
     assert (
         model.llm.lm_head.weight.dtype == torch.bfloat16
         and model.projector.smops["audio"].gate.weight.dtype == torch.float32
     )
-    exact, autocast, half = gradients
-    assert 0 < (half - exact).norm() < 1.5 * (autocast - exact).norm()
+    ratios = [(half - exact).norm() / (autocast - exact).norm() for exact, autocast, half in zip(*gradients)]
+    assert 0 < torch.stack(ratios).median() < 1.5  # a single batch has 0.6 to 2.7
 
 
 # --- data.py -----------------------------------------------------------------------------------------------------
