@@ -171,6 +171,10 @@ def main():
     add("--out", type=Path, default=Path("results"), help="folder of the tables (default: results)")
     add("--name", help="of the tables and of the folder in --runs (default: that of the data, with --quick -quick)")
     args = parser.parse_args(argv, argparse.Namespace(extra=extra))
+    if args.quick:
+        args.claims = [name for name in args.claims if name != "sizes"]
+        if not args.claims:
+            parser.error("--quick has one LLM, and no sizes to compare")
     args.seeds = (1 if args.quick else 3) if args.seeds is None else args.seeds
     if args.seeds < 1 or args.jobs < 1:
         parser.error(f"--seeds and --jobs must be at least 1, got {args.seeds} and {args.jobs}")

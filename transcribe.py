@@ -6,10 +6,10 @@
 
 RUN is a folder written by train.py or LlamaSMoP.save. The largest face is found and followed, and its mouth cut, as
 prepare.py does (dlib: pip install -r requirements-extra.txt); asr needs no face. Where talk.wav lies beside talk.mp4,
-as prepare.py writes it, it is the sound. A clip of more than 30 s, all that
-Whisper sees, is cut at pauses (without sound, into equal pieces) and the texts are joined; --longest 5 suits a model
-that knows short clips alone. What cannot be transcribed (no face, a still picture, no sound, silence, ...) is said on
-stderr; the other clips go on, and the exit status is then 1.
+as prepare.py writes it, it is the sound. A clip of more than 30 s, all that Whisper sees, is cut at pauses (without
+sound, into equal pieces) and the texts are joined; --longest 5 suits a model that knows short clips alone. What cannot
+be transcribed (no face, a still picture, no sound, silence, ...) is said on stderr; the other clips go on, and the exit
+status is then 1.
 """
 
 import argparse
