@@ -58,8 +58,7 @@ class Claim(NamedTuple):
 ASR_MLP, ASR_DEDR, MLP, DEDR = (Cell(task, p) for task in ("asr", "avsr") for p in ("mlp", "dedr"))
 UNBALANCED = DEDR._replace(balance=False)
 ENCODER = Cell("vsr", "dedr")  # with the first seed, it trains the video encoder of all AVSR cells on a corpus on disk
-QUICK_CELLS = {MLP, DEDR, UNBALANCED, ASR_DEDR}
-JOINT = {Cell("avsr", p) for p in ("jejr", "jedr")}  # --quick on disk has encoders of other widths
+QUICK_CELLS = {ASR_DEDR, MLP, *(Cell("avsr", p) for p in ("jejr", "jedr", "dedr")), UNBALANCED}
 
 
 def study(args):
@@ -108,9 +107,9 @@ def study(args):
             NOISY,
         ),
     }
-    quick, kept = QUICK_CELLS | (JOINT if args.data == "synthetic" else set()), {}
+    kept = {}
     for name in args.claims:
-        cells = [cell for cell in claims[name].cells if not args.quick or cell in quick]
+        cells = [cell for cell in claims[name].cells if not args.quick or cell in QUICK_CELLS]
         pairs = [pair for pair in claims[name].pairs if set(pair) <= set(cells)]
         kept[name] = claims[name]._replace(cells=cells, pairs=pairs)
     return kept

@@ -34,18 +34,12 @@ HERE = Path(__file__).resolve().parent
 SOURCES = "smop.py model.py data.py avhubert.py train.py synthetic.py".split()  # what decides the weights of a run
 PATHS = "data noise llm audio_encoder video_encoder".split()  # arguments that may be a path
 TINY_LLM = SMALL_LLM | {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "initializer_range": 0.12}
-# What train.py is told for all cells of a task, beside what makes the cell; its defaults hold for the rest. The video
-# encoder is trained by the VSR runs; the study's is as wide as Whisper-base, which joint experts need.
-STEM = {"layers": 2, "stem_width": 12, "stem_stride": 4, "trunk_widths": [12, 24, 48, 96], "conv_pos": 32}
-VIDEO = json.dumps({"dim": 512, "heads": 8, "ffn_dim": 1024, "dropout": 0.1} | STEM)
-QUICK_VIDEO = json.dumps({"dim": 192, "heads": 4, "ffn_dim": 768, "dropout": 0.1} | STEM)
-VSR = {"epochs": 36, "clean_epochs": 12, "max_frames": 900, "lr": 4e-4}
-FULL = {"epochs": 8, "clean_epochs": 3, "max_frames": 600, "lr": 4.5e-4}
-QUICK = FULL | {"epochs": 6}
-SETTINGS = {  # --quick: {task: arguments}, of a corpus on disk; the synthetic one has train.py's defaults
-    False: {"vsr": VSR | {"video_encoder": VIDEO}, "asr": FULL, "avsr": FULL},
-    True: {"vsr": VSR | {"video_encoder": QUICK_VIDEO}, "asr": QUICK, "avsr": QUICK},
-}
+# What train.py is told for all cells of a task, beside what makes the cell, on a corpus on disk (the synthetic one has
+# its defaults). The video encoder is trained by the VSR runs; it is as wide as Whisper-base, which joint experts need.
+VIDEO = {"dim": 512, "layers": 2, "heads": 8, "ffn_dim": 1024, "stem_width": 12, "stem_stride": 4}
+VIDEO |= {"trunk_widths": [12, 24, 48, 96], "conv_pos": 32, "dropout": 0.1}
+VSR = {"epochs": 36, "clean_epochs": 12, "max_frames": 900, "lr": 4e-4, "video_encoder": json.dumps(VIDEO)}
+HEARING = {"epochs": 8, "clean_epochs": 3, "max_frames": 600, "lr": 4.5e-4}
 
 
 # --- runs --------------------------------------------------------------------------------------------------------
@@ -67,7 +61,8 @@ def arguments(cell, seed, args):
     """The command line of train.py, but for --out and --workers."""
     given = {"data": args.data, "task": cell.task, "projector": cell.projector, "seed": seed}
     given |= {"llm": args.llms[cell.llm], "eval_snr": " ".join(SNRS)}
-    given |= {} if args.data == "synthetic" else SETTINGS[args.quick][cell.task]
+    if args.data != "synthetic":
+        given |= VSR if cell.task == "vsr" else HEARING | ({"epochs": 6} if args.quick else {})
     if cell.projector != "mlp":
         given |= {"num_experts": cell.num_experts, "top_k": cell.top_k}
     if not cell.balance:
