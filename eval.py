@@ -91,22 +91,19 @@ def evaluate(model, clips, load, noise=None, snrs=(None,), num_beams=1, max_fram
     """
     device = next(model.parameters()).device
     task = model.config["task"]
-    wer, interval, hypotheses, usage = {}, {}, [], None
+    wer, interval, hypotheses, routings = {}, {}, [], []
+    hook = model.projector.register_forward_hook(lambda module, inputs, out: routings.append(real_tokens(out[1])))
     start = time.time()
     for snr in snrs:
         dataset = ClipDataset(clips, load, task, noise=noise, snr=snr)
         loader = make_loader(dataset, own_batches(clips, max_frames), workers)
-        texts, routings = [], []
-        hook = model.projector.register_forward_hook(
-            lambda module, inputs, outputs: routings.append(real_tokens(outputs[1]))
-        )
+        texts = []
         others = dist.is_initialized() and dist.get_rank() > 0
         for batch in tqdm(loader, desc=f"decode {name_snr(snr)}", unit="batch", leave=False, disable=others):
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 texts += zip(batch["ids"], model.generate(batch, num_beams))
-        hook.remove()
+        hook.remove()  # after the first SNR
         texts = dict(gather(texts))
-        usage = usage or routing_statistics(gather(routings))
         pairs = [(clip.text, texts[clip.id]) for clip in clips]
         wer[name_snr(snr)], interval[name_snr(snr)] = word_error_rate(*zip(*pairs))
         hypotheses += [
@@ -122,7 +119,7 @@ def evaluate(model, clips, load, noise=None, snrs=(None,), num_beams=1, max_fram
         "wer_95": interval,
         "clips": len(clips),
         "num_beams": num_beams,
-        "routing": usage,
+        "routing": routing_statistics(gather(routings)),
         "seconds": round(time.time() - start, 1),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

@@ -154,7 +154,7 @@ def main():
     add("--quick", action="store_true", help="few cells, one seed, smaller settings")
     add("--claims", nargs="+", choices=CLAIMS, default=CLAIMS, help="default: all")
     add("--seeds", type=int, help="runs of each cell (default: 3, with --quick 1)")
-    add("--audio-encoder", help="frozen Whisper, as wide as the video encoder (the study's: Whisper-base)")
+    add("--audio-encoder", help="frozen Whisper, as wide as the video encoder (default on disk: openai/whisper-base)")
     add("--video-encoder", help="AV-HuBERT file, frozen (default: the encoder of a VSR run of the study)")
     add("--llm", help="hub name or folder of a Llama for LoRA: a third size beside two from scratch")
     add("--noise", help="audio file of noise (default: babble of the train split)")
@@ -175,6 +175,8 @@ def main():
         parser.error(f"--seeds and --jobs must be at least 1, got {args.seeds} and {args.jobs}")
     args.llms = {"tiny": json.dumps(TINY_LLM), "small": None}  # --llm of train.py (None: its default), small ones first
     args.llms |= {Path(args.llm).name: args.llm} if args.llm else {}
+    if args.data != "synthetic" and args.audio_encoder is None:
+        args.audio_encoder = "openai/whisper-base"
     args.name = args.name or Path(args.data).resolve().name + ("-quick" if args.quick else "")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))  # and stops its runs
 

@@ -1840,13 +1840,26 @@ def test_a_difference_is_paired_over_clips():
 def test_study_keeps_finished_runs_and_refuses_changed_ones(corpus, tmp_path):
     """A video encoder and two models that need it: trained, tabled, continued, refused when asked for otherwise."""
     pytest.importorskip("matplotlib")
-    study = ["reproduce.py", "--data", corpus, "--name", "tiny", "--quick", "--claims", "usage"]
+    whisper = json.dumps(WHISPER | {"d_model": 512})  # as wide as the study's video encoder
+    study = [
+        "reproduce.py",
+        "--data",
+        corpus,
+        "--name",
+        "tiny",
+        "--quick",
+        "--claims",
+        "usage",
+        "--audio-encoder",
+        whisper,
+    ]
     study += ["--runs", tmp_path / "runs", "--out", tmp_path / "out", "--", "--epochs", 2, "--eval-snr", "clean 0"]
-    study += [part for pair in zip(TINY[::2], TINY[1::2]) if pair[0] != "--video-encoder" for part in pair]
-    assert "0 runs are finished, 3 to train" in run(*study)
+    study += [part for pair in zip(TINY[::2], TINY[1::2]) if "encoder" not in pair[0] for part in pair]
+    assert "0 runs are finished, 5 to train" in run(*study)
     folders = {folder.name: folder for folder in (tmp_path / "runs" / "tiny").iterdir()}
     encoder, dedr = "vsr-dedr-e4-k2-small-s0", "avsr-dedr-e4-k2-small-s0"
-    assert set(folders) == {encoder, dedr, "avsr-dedr-e4-k2-unbalanced-small-s0"}
+    others = {f"avsr-{cell}-small-s0" for cell in ("jejr-e4-k2", "jedr-e4-k2", "dedr-e4-k2-unbalanced")}
+    assert set(folders) == {encoder, dedr} | others
     assert json.loads((folders[dedr] / "args.json").read_text())["video_encoder"] == str(folders[encoder])
     results = json.loads((folders[dedr] / "results.json").read_text())
     table = (tmp_path / "out" / "tiny.md").read_text()
@@ -1866,7 +1879,7 @@ def test_study_keeps_finished_runs_and_refuses_changed_ones(corpus, tmp_path):
     assert sizes["active"] == weights["projector.smops.audio.gate.weight"].numel() + 2 * sum(one)
 
     (folders[dedr] / "results.json").unlink()  # as if it had been killed
-    assert "2 runs are finished, 1 to train" in run(*study)
+    assert "4 runs are finished, 1 to train" in run(*study)
     assert json.loads((folders[dedr] / "results.json").read_text())["wer"] == results["wer"]
     printed = run(*study, "--epochs", 3, ok=False)
     assert f"{folders[encoder]} (epochs)" in printed and "(epochs, encoder)" in printed and "Traceback" not in printed
