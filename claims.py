@@ -73,8 +73,8 @@ def study(args):
             [ASR_MLP, ASR_DEDR, *vsr, *avsr.values()],
             [(ASR_DEDR, ASR_MLP), tuple(vsr[::-1]), *((DEDR, avsr[p]) for p in ("mlp", "jejr", "jedr"))],
             "With one modality, JEJR, JEDR and DEDR are the same model. Without AV-HuBERT's weights, VSR trains its "
-            "video encoder with the projector, and AVSR has the one of VSR DEDR's first seed, frozen (on the synthetic "
-            "corpus it trains its own; a perfect lip reader has 56 % there, as many words look the same).",
+            "video encoder with the projector, and AVSR has that of --video-encoder or of VSR DEDR's first seed, frozen "
+            "(on the synthetic corpus it trains its own; a perfect lip reader has 56 % there, as many words look the same).",
         ),
         "sizes": Claim(
             "with a mixture of projectors, smaller LLMs stay strong.",
@@ -201,7 +201,8 @@ def spread(values):
 
 def first_clips(args, count):
     clips, load = load_corpus(args.data, "test")
-    return collate([ClipDataset(clips[:count], load, "avsr")[i] for i in range(min(count, len(clips)))])
+    dataset = ClipDataset(clips[:count], load, "avsr")
+    return collate([dataset[i] for i in range(len(dataset))])
 
 
 def decode_ratios(mlp, cell, args, rounds=9):
@@ -269,6 +270,10 @@ def bars(ax, groups, series, **labels):
     ax.set(xticks=range(len(groups)), xticklabels=groups, **labels)
 
 
+def same_height(axes):
+    plt.setp(axes, ylim=(0, max(ax.get_ylim()[1] for ax in axes)))
+
+
 def configurations(done, claim, args):
     tasks = [task for task in TASKS if any(cell.task == task for cell in claim.cells)]
     fig, axes = figure(len(tasks))
@@ -276,6 +281,7 @@ def configurations(done, claim, args):
         snrs = MAIN if "audio" in TASKS[task] else MAIN[:1]
         series = [(c.projector, [wers(done, c, snr) for snr in snrs]) for c in claim.cells if c.task == task]
         bars(ax, snrs, series, title=task.upper(), xlabel="SNR (dB)", ylabel="WER (%)")
+    same_height(axes)
     return {}, [], {"configurations": fig}
 
 
@@ -285,6 +291,7 @@ def sizes(done, claim, args):
     for ax, snr in zip(axes, MAIN):
         series = [(c.projector, [wers(done, c._replace(llm=llm), snr) for llm in names]) for c in (MLP, DEDR)]
         bars(ax, names, series, title=snr if snr == "clean" else f"{snr} dB", xlabel="LLM", ylabel="WER (%)")
+    same_height(axes)
     return {}, [], {"sizes": fig}
 
 
@@ -299,24 +306,25 @@ def experts(done, claim, args):
         verdict = "shown" if r[-2] <= 1.1 else "opposite" if r[1] > 1.1 else "not shown"
         text = f"{cell} decodes in at most 1.1 times the MLP's time: {texts[cell]}"
         verdicts.append({"text": text, "verdict": verdict})
-    fig, axes = figure(3)
+    fig, axes = figure(4, width=2.6)
     counts = sorted({cell.num_experts for cell in claim.cells})
     panels = {
-        "WER at 0 dB (%)": lambda c: wers(done, c, "0"),
-        "parameters of the projector (M)": lambda c: [run.sizes["projector"] / 1e6 for run in done.get(c, {}).values()],
+        "WER, clean (%)": lambda c: wers(done, c, "clean"),
+        "WER at -5 dB (%)": lambda c: wers(done, c, "-5"),
+        "projector (M parameters)": lambda c: [run.sizes["projector"] / 1e6 for run in done.get(c, {}).values()],
         "decode time / MLP's": lambda c: [1] if c == MLP else [statistics.median(ratios[c])] if c in ratios else [],
     }
     for ax, (label, values) in zip(axes, panels.items()):
         for k in (1, 2):
             of_k = [c for c in claim.cells if c != MLP and c.top_k == k]
-            style = {"color": COLOURS[f"top-{k}"], "marker": "o", "label": f"top-{k}"}
+            style = {"color": COLOURS[f"top-{k}"], "marker": "o", "markersize": 9 - 2 * k, "label": f"top-{k}"}
             spreads(ax, [c.num_experts for c in of_k], [values(c) for c in of_k], **style)
         if values(MLP):
             ax.axhline(statistics.mean(values(MLP)), color=COLOURS["mlp"], label="MLP")
-        ax.set(xscale="log", xlabel="experts a modality", ylabel=label, ylim=(0, 1.1 * ax.get_ylim()[1]))
+        ax.set(xscale="log", xlabel="experts per modality", ylabel=label, ylim=(0, 1.1 * ax.get_ylim()[1]))
         ax.set_xticks(counts, counts)
         ax.minorticks_off()
-    return {"decode time": texts}, verdicts, {"experts": fig}
+    return {"decode time": texts}, verdicts, {"experts": fig} if len(counts) > 1 else {}
 
 
 def usage(done, claim, args):
@@ -372,10 +380,11 @@ def draw_clip(done, cells, args):
 def noise(done, claim, args):
     x = [7.5 if snr == "clean" else float(snr) for snr in SNRS]
     fig, (ax,) = figure(1, width=5, height=3.4)
-    for cell in claim.cells:
+    for i, cell in enumerate(claim.cells):
+        at = [snr + 0.1 * i for snr in x]  # side by side, so that no error bar hides another
         style = {"color": COLOURS[cell.projector], "linestyle": "-" if cell.task == "avsr" else "--", "marker": "o"}
         label = f"{cell.task} {cell.projector}".upper()
-        spreads(ax, x, [wers(done, cell, snr) for snr in SNRS], label=label, **style)
+        spreads(ax, at, [wers(done, cell, snr) for snr in SNRS], label=label, **style)
     ax.set(xlabel="SNR (dB)", ylabel="WER (%)", ylim=(0, None))
     ax.set_xticks(x, SNRS)
     ax.invert_xaxis()
@@ -394,8 +403,9 @@ Written by `reproduce.py`: {finished} of {all} runs, on {device}, code {code}. W
 and at an SNR in dB, {beams} beam(s): mean ± standard deviation over seeds. Parameters in millions: trained, of these in
 the projector, of those active for a token. In names, e4 k2 is 4 experts, 2 of them a token. A difference of WER has the
 95 % interval of a paired bootstrap over clips, all seeds together and, where nothing else is said, clean, 0 and −5 dB
-together. The interval tells what other clips might give; the count of seeds, what another training might. **shown**:
-the interval is below 0; **opposite**: above; **not shown**: it holds 0; **open**: fewer than three seeds were trained.
+together. The interval tells what other clips might give; the count of seeds, what another training might. Of such a
+difference, **shown** means that the interval is below 0; **opposite**: above; **not shown**: it holds 0; **open**: fewer
+than three seeds were trained. Verdicts on decode time and on use say themselves what they ask for.
 """
 
 
@@ -409,7 +419,7 @@ def write(done, runs, commands, code, args):
         about[name] = " and ".join(sorted({str(run.results[key]) for run in finished})) or "–"
     lines, claims, numbers = [HEAD.format(**about)], {}, {}
     if args.quick:
-        lines.append(f"**Few cells, short training, {args.seeds} seed(s) at most.**\n")
+        lines.append(f"**Few cells, {args.seeds} seed(s) at most; on a corpus on disk, 6 epochs in place of 8.**\n")
     if missing:
         lines.append(f"Not trained yet: {', '.join(missing)}.\n")
     for name, claim in study(args).items():
@@ -427,7 +437,7 @@ def write(done, runs, commands, code, args):
         lines += ["", claim.text + "\n", *(f"![{title}]({args.name}-{title}.png)\n" for title in figures)]
         lines += [f"- {verdict['text']}: **{verdict['verdict']}**" for verdict in verdicts] + [""]
         for title, fig in figures.items():
-            handles = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
+            handles = {label: handle for ax in fig.axes[::-1] for handle, label in zip(*ax.get_legend_handles_labels())}
             fig.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=8)
             fig.savefig(args.out / f"{args.name}-{title}.png")
     lines += ["## Commands\n", "Of the first seed; the others have another `--seed`.\n", "```bash"]

@@ -283,8 +283,8 @@ def transform_audio(samples):
 
 
 def mask_spans(x, rate, rng, longest=0.4):
-    """x (T, ...) with one span of up to `longest` seconds in every second set to 0, as in auto_avsr: of the sound before
-    noise is added, of the video before it is normalised, where 0 is black."""
+    """x (T, ...) with spans of up to `longest` seconds set to 0, one for each second of the clip and anywhere in it, as in
+    auto_avsr: of the sound before noise is added, of the video before it is normalised, where 0 is black."""
     x = x.copy()
     for _ in range(math.ceil(len(x) / rate)):
         start = rng.randrange(len(x))

@@ -528,7 +528,7 @@ def load_llm(source, tokenizer, lora_rank, lora_scale):
     ours, own = len(tokenizer) - 1 - len(MARKERS), llm.get_input_embeddings().num_embeddings
     if ours > own:  # a larger one would be resized, with random rows for words
         raise ValueError(f"{source}: it knows {own} tokens, but its tokenizer (or the run's) has {ours}")
-    if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
+    if len(tokenizer) > own:
         llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     return add_lora(llm, lora_rank, lora_scale), tokenizer
 

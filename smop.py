@@ -163,7 +163,7 @@ def mean_of(total, count, process_group=None):
 class MultimodalRouting(dict):
     """{modality: Routing}, whose losses are over that modality's own tokens, and the two losses to train with:
     over all tokens together for a joint router (balanced: top_k), summed over the modalities for disjoint routers
-    (balanced: top_k a modality)."""
+    (balanced: top_k per modality)."""
 
     load_balancing_loss: torch.Tensor
     router_z_loss: torch.Tensor
@@ -172,10 +172,10 @@ class MultimodalRouting(dict):
 class MultimodalSMoP(nn.Module):
     """One mixture of projectors for several modalities, in one of the paper's three configurations.
 
-        config   experts             routers
-        "DEDR"   one set a modality  one a modality    (disjoint experts, disjoint routers: the paper's best)
-        "JEDR"   one set for all     one a modality    (joint experts, disjoint routers)
-        "JEJR"   one set for all     one for all       (joint experts, joint router: the authors' published code)
+        config   experts               routers
+        "DEDR"   one set per modality  one per modality  (disjoint experts, disjoint routers: the paper's best)
+        "JEDR"   one set for all       one per modality  (joint experts, disjoint routers)
+        "JEJR"   one set for all       one for all       (joint experts, joint router: the authors' published code)
 
     dims: {modality: width of its features}; a single modality is allowed in every configuration.
     The other arguments are SMoP's. `self.smops[modality]` is that modality's SMoP; what is joint is the same module

@@ -405,7 +405,7 @@ def train(args, resume):
         signal.signal(number, signal.default_int_handler)
 
     if args.average > 1 and rank == 0:
-        epochs = range(max(args.epochs - args.average, 0), args.epochs)
+        epochs = range(args.epochs - args.average, args.epochs)
         states = [load_file(out / f"epoch-{epoch}.safetensors") for epoch in epochs]
         mean = {name: torch.stack([s[name].double() for s in states]).mean(0).to(x) for name, x in states[0].items()}
         model.load_trained_state(mean)
