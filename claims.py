@@ -266,7 +266,6 @@ def bars(ax, groups, series, **labels):
         label = name.upper() if name in ("mlp", "jejr", "jedr", "dedr") else name
         ax.bar(x, [statistics.mean(v) if v else 0 for v in values], width, color=COLOURS[name], label=label)
         spreads(ax, x, values, color="0.2", fmt="none")
-    ax.set_ylim(0)
     ax.set(xticks=range(len(groups)), xticklabels=groups, **labels)
 
 

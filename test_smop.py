@@ -1838,22 +1838,12 @@ def test_a_difference_is_paired_over_clips():
 
 @pytest.mark.slow
 def test_study_keeps_finished_runs_and_refuses_changed_ones(corpus, tmp_path):
-    """A video encoder and two models that need it: trained, tabled, continued, refused when asked for otherwise."""
+    """A video encoder and four models that need it: trained, tabled, continued, refused when asked for otherwise."""
     pytest.importorskip("matplotlib")
     whisper = json.dumps(WHISPER | {"d_model": 512})  # as wide as the study's video encoder
-    study = [
-        "reproduce.py",
-        "--data",
-        corpus,
-        "--name",
-        "tiny",
-        "--quick",
-        "--claims",
-        "usage",
-        "--audio-encoder",
-        whisper,
-    ]
-    study += ["--runs", tmp_path / "runs", "--out", tmp_path / "out", "--", "--epochs", 2, "--eval-snr", "clean 0"]
+    study = ["reproduce.py", "--data", corpus, "--name", "tiny", "--quick", "--claims", "usage"]
+    study += ["--audio-encoder", whisper, "--runs", tmp_path / "runs", "--out", tmp_path / "out"]
+    study += ["--", "--epochs", 2, "--eval-snr", "clean 0"]
     study += [part for pair in zip(TINY[::2], TINY[1::2]) if "encoder" not in pair[0] for part in pair]
     assert "0 runs are finished, 5 to train" in run(*study)
     folders = {folder.name: folder for folder in (tmp_path / "runs" / "tiny").iterdir()}
