@@ -1,7 +1,7 @@
 """The visual half of AV-HuBERT (arXiv 2201.02184) on transformers' HuBERT layers, without fairseq.
 
     encoder = AVHubertEncoder.from_fairseq("large_vox_iter5.pt")      # frozen, Base or Large, as the file says
-    features = encoder(video, padding_mask)                           # (B, 1, T, 88, 88) -> (B, T, D)
+    features = encoder(video, mask)                                   # (B, 1, T, 88, 88) -> (B, T, D)
     encoder = AVHubertEncoder(dim=128, layers=2, heads=4, stem_width=8, trunk_widths=(8, 16, 32, 64))  # small, random
 
 A ResNet-18 with a 3-D stem turns each frame into a vector; its concatenation with the (here: absent, zero) audio half
@@ -20,8 +20,13 @@ from transformers import HubertConfig
 from transformers.models.hubert.modeling_hubert import HubertEncoder, HubertEncoderStableLayerNorm
 
 
+def indices(mask, device):
+    """Where a mask on the CPU is True, as indices for tensors on a GPU, which `tensor[mask]` would make wait."""
+    return tuple(i.to(device, non_blocking=True) for i in torch.where(mask))
+
+
 class BasicBlock(nn.Module):
-    """ResNet's two 3x3 convolutions around a shortcut, with one learned PReLU slope a channel."""
+    """ResNet's two 3x3 convolutions around a shortcut, with one learned PReLU slope per channel."""
 
     def __init__(self, c_in, c_out, stride):
         super().__init__()
@@ -42,7 +47,7 @@ class BasicBlock(nn.Module):
 
 
 class LipResNet(nn.Module):
-    """3-D convolution over 5 frames, then a 2-D ResNet-18 a frame: (B, 1, T, 88, 88) -> (B, T, trunk_widths[-1])."""
+    """3-D convolution over 5 frames, then a 2-D ResNet-18 on each frame: (B, 1, T, 88, 88) -> (B, T, trunk_widths[-1])."""
 
     def __init__(self, stem_width, trunk_widths, stem_stride=2):
         super().__init__()
@@ -60,7 +65,7 @@ class LipResNet(nn.Module):
 
     def forward(self, video, mask):
         """mask (B, T) bool, True = a real frame. Only real frames pass, so padding cannot enter BatchNorm's statistics."""
-        real = tuple(i.to(video.device, non_blocking=True) for i in torch.where(mask.cpu()))
+        real = indices(mask.cpu(), video.device)
         mask = mask.to(video.device, non_blocking=True)
         x = self.frontend3D[0](video.masked_fill(~mask[:, None, :, None, None], 0))  # (B, C, T, 44, 44)
         x = x.transpose(1, 2)[real]  # (N, C, 44, 44)
@@ -119,19 +124,19 @@ class AVHubertEncoder(nn.Module):
         self.post_extract_proj = nn.Linear(2 * dim, dim)
         self.encoder = (HubertEncoderStableLayerNorm if layer_norm_first else HubertEncoder)(config)
 
-    def forward(self, video, padding_mask=None):
-        """video (B, 1, T, 88, 88), normalised; padding_mask (B, T) bool, True = padded (on the CPU it saves
-        a GPU a wait). Returns (B, T, dim).
+    def forward(self, video, mask=None):
+        """video (B, 1, T, 88, 88), normalised; mask (B, T) bool, True = a real frame (on the CPU it saves a GPU a
+        wait). Returns (B, T, dim).
 
         With a mask, a clip's features do not depend on what it is batched with. Rows at padded frames mean nothing.
         """
         if video.ndim != 5 or video.shape[1] != 1:
             raise ValueError(f"video must be (B, 1, T, 88, 88), got {tuple(video.shape)}")
-        mask = torch.ones(video.shape[0], video.shape[2], dtype=torch.bool) if padding_mask is None else ~padding_mask
-        x = self.proj(self.resnet(video, mask))  # (B, T, D)
+        real = torch.ones(video.shape[0], video.shape[2], dtype=torch.bool) if mask is None else mask
+        x = self.proj(self.resnet(video, real))  # (B, T, D)
         x = self.layer_norm(F.pad(x, (self.dim, 0)))  # (B, T, 2D): the audio half comes first, and there is none
         x = self.post_extract_proj(x)  # (B, T, D)
-        mask = None if padding_mask is None else mask.to(x.device, non_blocking=True)
+        mask = None if mask is None else mask.to(x.device, non_blocking=True)
         return self.encoder(x, attention_mask=mask).last_hidden_state
 
     def train(self, mode=True):

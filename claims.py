@@ -62,9 +62,10 @@ QUICK_CELLS = {ASR_DEDR, MLP, *(Cell("avsr", p) for p in ("jejr", "jedr", "dedr"
 
 
 def study(args):
-    """{name: Claim} of --claims; with --quick, what is left of them with few cells."""
+    """{name: Claim} of --claims; with --quick, what is left of them with few cells, and sizes in ASR."""
     avsr = {p: Cell("avsr", p) for p in ("mlp", "jejr", "jedr", "dedr")}
-    sizes = {p: [avsr[p]._replace(llm=llm) for llm in args.llms] for p in ("mlp", "dedr")}
+    task = "asr" if args.quick else "avsr"
+    mlps, dedrs = ([Cell(task, p, llm=llm) for llm in args.llms] for p in ("mlp", "dedr"))
     mixtures = [DEDR._replace(num_experts=e, top_k=k) for e in (2, 4, 8, 16) for k in (1, 2)]
     vsr = [Cell("vsr", "mlp"), ENCODER]
     claims = {
@@ -78,9 +79,9 @@ def study(args):
         ),
         "sizes": Claim(
             "with a mixture of projectors, smaller LLMs stay strong.",
-            [cell for pair in zip(*sizes.values()) for cell in pair],
-            [*zip(sizes["dedr"], sizes["mlp"]), *zip(sizes["dedr"], sizes["mlp"][1:])],
-            "The tiny and the small LLM are trained from scratch, any other with LoRA.",
+            [cell for pair in zip(mlps, dedrs) for cell in pair],
+            [*zip(dedrs, mlps), *zip(dedrs, mlps[1:])],
+            "The tiny and the small LLM are trained from scratch, any other with LoRA and, on a corpus on disk, for 3 epochs.",
         ),
         "experts": Claim(
             "more experts add capacity at no cost of inference.",
@@ -109,7 +110,7 @@ def study(args):
     }
     kept = {}
     for name in args.claims:
-        cells = [cell for cell in claims[name].cells if not args.quick or cell in QUICK_CELLS]
+        cells = [cell for cell in claims[name].cells if not args.quick or name == "sizes" or cell in QUICK_CELLS]
         pairs = [pair for pair in claims[name].pairs if set(pair) <= set(cells)]
         kept[name] = claims[name]._replace(cells=cells, pairs=pairs)
     return kept
@@ -288,7 +289,7 @@ def sizes(done, claim, args):
     names = list(dict.fromkeys(cell.llm for cell in claim.cells))
     fig, axes = figure(len(MAIN))
     for ax, snr in zip(axes, MAIN):
-        series = [(c.projector, [wers(done, c._replace(llm=llm), snr) for llm in names]) for c in (MLP, DEDR)]
+        series = [(c.projector, [wers(done, c._replace(llm=llm), snr) for llm in names]) for c in claim.cells[:2]]
         bars(ax, names, series, title=snr if snr == "clean" else f"{snr} dB", xlabel="LLM", ylabel="WER (%)")
     same_height(axes)
     return {}, [], {"sizes": fig}
@@ -408,12 +409,13 @@ than three seeds were trained. Verdicts on decode time and on use say themselves
 """
 
 
-def write(done, runs, commands, code, args):
+def write(done, runs, commands, args):
     """NAME.md, NAME.json and the pictures. done: {cell: {seed: Run}}; runs, commands: {(cell, seed): ...}."""
     args.out.mkdir(parents=True, exist_ok=True)
     finished = [run for seeds in done.values() for run in seeds.values()]
     missing = [folder.name for (cell, seed), folder in runs.items() if seed not in done.get(cell, {})]
-    about = {"finished": len(finished), "all": len(runs), "code": code, "name": args.name}
+    codes = {json.loads((run.folder / "cell.json").read_text())["code"] for run in finished}
+    about = {"finished": len(finished), "all": len(runs), "code": " and ".join(sorted(codes)), "name": args.name}
     for name, key in (("device", "device"), ("clips", "clips"), ("beams", "num_beams")):
         about[name] = " and ".join(sorted({str(run.results[key]) for run in finished})) or "–"
     lines, claims, numbers = [HEAD.format(**about)], {}, {}

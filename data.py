@@ -199,7 +199,7 @@ def load_video(path):
 
 
 def load_audio(path):
-    """The first audio track as float32 (S,), 16 kHz mono, from the time on at which the video starts.
+    """The first audio track as float32 (S,), 16 kHz mono, starting when the video starts.
 
     Where a `.wav` lies beside the file (auto_avsr's layout), it is read instead.
     """
@@ -462,7 +462,7 @@ def check_corpus(folder, task="avsr", clean=False):
             faults += filter(None, found)
             if clean and any(found):
                 with open(path, newline="", encoding="utf-8-sig") as file:
-                    header = [HEADER] * (next(csv.reader(file)) == HEADER)
+                    header = [HEADER] * (next(row for row in csv.reader(file) if row) == HEADER)
                 path.replace(f"{path}.old")
                 with open(path, "w", newline="", encoding="utf-8") as file:
                     csv.writer(file).writerows(header + [row for (row, _), fault in zip(rows, found) if not fault])

@@ -58,7 +58,7 @@ def load_noise(path, data):
 def join_processes(device):
     """(rank, number of processes, device) of this process of torchrun, or of the only one."""
     local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if not device.startswith(("cpu", "cuda")) or device.startswith("cuda") and gpus < local:
+    if device.partition(":")[0] not in ("cpu", "cuda") or device.startswith("cuda") and gpus < local:
         raise ValueError(f"--device must be cpu, or cuda with {local} GPUs (here: {gpus}), got {device}")
     rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.device(device)
     if world > 1:

@@ -42,7 +42,7 @@ from transformers import (
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from avhubert import AVHubertEncoder
+from avhubert import AVHubertEncoder, indices
 from data import FPS, MAX_SECONDS, SAMPLE_RATE, SAMPLES_PER_FRAME, TASKS
 from smop import MultimodalSMoP, mean_of
 
@@ -82,7 +82,7 @@ class LlamaSMoP(nn.Module):
     audio_window: "30s" gives Whisper 30 seconds as it was trained; "clip" only the clip (its positions cut), which
         costs a tenth for clips of 3 s. A frozen Whisper then sees inputs unlike its training, hence off by default.
     lora_rank: default a 32nd of the LLM's width; lora_scale multiplies the update (published: 64 of 2048, 0.125).
-    load_balancing_weight, router_z_weight: of the two routing losses in the total.
+    load_balancing_weight, router_z_weight: of the two routing losses in the total; "MLP" has neither.
     prompt: default PROMPTS[task], and none for a random LLM, which has nothing to recall.
     """
 
@@ -131,6 +131,7 @@ class LlamaSMoP(nn.Module):
         if projector == "MLP":
             projector, num_experts, top_k = "DEDR", 1, 1
             self.config |= {"num_experts": 1, "top_k": 1}
+            self.loss_weights = 0.0, 0.0  # its router has no choice
         # With top-1, renormalising would make the weight 1 and cut the router off from the language-model loss.
         self.projector = MultimodalSMoP(
             dims, dim, projector, dim_hidden=dim_hidden, num_experts=num_experts, top_k=top_k, renormalize=top_k > 1
@@ -174,7 +175,7 @@ class LlamaSMoP(nn.Module):
             attention_mask=mask[:, :-1],
             position_ids=positions[:, :-1],
             use_cache=True,
-        ).past_key_values
+        ).cache
         cache.batch_repeat_interleave(num_beams)
         config = GenerationConfig(
             num_beams=num_beams,
@@ -184,9 +185,7 @@ class LlamaSMoP(nn.Module):
             pad_token_id=self.tokenizer.pad_token_id,
             **settings,
         )
-        return self.llm.generate(
-            inputs_embeds=embeddings, attention_mask=mask, past_key_values=cache, generation_config=config
-        )
+        return self.llm.generate(inputs_embeds=embeddings, attention_mask=mask, cache=cache, generation_config=config)
 
     def embed(self, batch, texts=None, process_group=None):
         """The LLM's input: embeddings (B, L, D), attention mask (B, L), labels (B, L) on the CPU, routing.
@@ -197,7 +196,7 @@ class LlamaSMoP(nn.Module):
         ids, labels = self.token_ids(counts, texts)  # on the CPU, so that finding the slots makes no GPU wait
         embedding = self.llm.get_input_embeddings()
         device = embedding.weight.device
-        embeddings = embedding(ids.clamp(min=0).to(device, non_blocking=True)).clone()  # (B, L, D)
+        embeddings = embedding(ids.clamp(min=0).to(device, non_blocking=True))  # (B, L, D)
         for kind, x in features.items():
             real = indices(torch.arange(x.shape[1]) < counts[kind][:, None], device)
             embeddings[indices(ids == SLOT[kind], device)] = x[real].to(embeddings.dtype)
@@ -291,16 +290,16 @@ class LlamaSMoP(nn.Module):
         frames = frames // self.pools["video"] * self.pools["video"]
         video = batch["video"][:, :, : int(frames.max())]
         video = video.to(self.video_encoder.proj.weight.device, non_blocking=True)
-        padding = torch.arange(video.shape[2]) >= frames[:, None]
+        mask = torch.arange(video.shape[2]) < frames[:, None]
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained(self.video_encoder)):
-            return self.video_encoder(video, padding)
+            return self.video_encoder(video, mask)
 
     def place(self, device):
         """Move to a device, and on a GPU, where it runs under bf16 autocast, `halve_frozen`."""
         return (self.halve_frozen() if torch.device(device).type == "cuda" else self).to(device)
 
     def halve_frozen(self):
-        """Frozen matrices in bf16: autocast would make them anew at every use, for a decoded token a billion of them."""
+        """Frozen matrices in bf16: autocast would cast them again at every use, a billion weights per decoded token."""
         for p in self.parameters():
             if not p.requires_grad and p.ndim > 1:
                 p.data = p.data.bfloat16()
@@ -371,7 +370,10 @@ class LlamaSMoP(nn.Module):
         if not set(TASKS.get(task, ())) <= set(TASKS[config["task"]]):
             raise ValueError(f"{folder}: trained on {config['task']}, which lacks what {task} needs")
         model = cls(**config | changes, tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
-        state = load_file(folder / "model.safetensors")
+        try:
+            state = load_file(folder / "model.safetensors")
+        except SafetensorError as error:
+            raise ValueError(f"{folder / 'model.safetensors'}: damaged ({error})") from None
         if task != config["task"]:  # what is joint has the name of the first modality
             joint = {name: name.replace(".smops.video.", ".smops.audio.") for name in model.trained_state()}
             state = {name: state.get(name, state.get(joint[name])) for name in joint}
@@ -411,11 +413,6 @@ def is_trained(module):
     return any(p.requires_grad for p in module.parameters())
 
 
-def indices(mask, device):
-    """Where a mask on the CPU is True, as indices for tensors on a GPU, which `tensor[mask]` would make wait."""
-    return tuple(i.to(device, non_blocking=True) for i in torch.where(mask))
-
-
 def check_shapes(own, state):
     """A ValueError unless two {name: tensor} have the same names and shapes."""
     for name in own | state:
@@ -429,7 +426,7 @@ def check_shapes(own, state):
 def whisper_frames(samples):
     """Encoder frames kept of clips with `samples` (B,) 16 kHz samples: 50 a second, at least 25, at most 1500.
 
-    In integers and a clip: the published code takes the longest clip of the batch, in the default dtype.
+    In integers and per clip; the published code takes the longest clip of the batch, in the default dtype.
     """
     return (samples * WHISPER_RATE // SAMPLE_RATE).clamp(25, MAX_SECONDS * WHISPER_RATE)
 

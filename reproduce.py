@@ -34,12 +34,14 @@ HERE = Path(__file__).resolve().parent
 SOURCES = "smop.py model.py data.py avhubert.py train.py synthetic.py".split()  # what decides the weights of a run
 PATHS = "data noise llm audio_encoder video_encoder".split()  # arguments that may be a path
 TINY_LLM = SMALL_LLM | {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "initializer_range": 0.12}
+SCRATCH = {"tiny": json.dumps(TINY_LLM), "small": None}  # --llm of train.py (None: its default), small ones first
 # What train.py is told for all cells of a task, beside what makes the cell, on a corpus on disk (the synthetic one has
 # its defaults). The video encoder is trained by the VSR runs; it is as wide as Whisper-base, which joint experts need.
 VIDEO = {"dim": 512, "layers": 2, "heads": 8, "ffn_dim": 1024, "stem_width": 12, "stem_stride": 4}
 VIDEO |= {"trunk_widths": [12, 24, 48, 96], "conv_pos": 32, "dropout": 0.1}
 VSR = {"epochs": 36, "clean_epochs": 12, "max_frames": 900, "lr": 4e-4, "video_encoder": json.dumps(VIDEO)}
 HEARING = {"epochs": 8, "clean_epochs": 3, "max_frames": 600, "lr": 4.5e-4}
+PRETRAINED_LLM = {"epochs": 3, "clean_epochs": 1, "max_frames": 300, "lr": 1e-3}  # in place of these
 
 
 # --- runs --------------------------------------------------------------------------------------------------------
@@ -63,6 +65,7 @@ def arguments(cell, seed, args):
     given |= {"llm": args.llms[cell.llm], "eval_snr": " ".join(SNRS)}
     if args.data != "synthetic":
         given |= VSR if cell.task == "vsr" else HEARING | ({"epochs": 6} if args.quick else {})
+        given |= PRETRAINED_LLM if cell.llm not in SCRATCH else {}
     if cell.projector != "mlp":
         given |= {"num_experts": cell.num_experts, "top_k": cell.top_k}
     if not cell.balance:
@@ -152,7 +155,7 @@ def main():
     add = parser.add_argument
     add("--data", required=True, help='"synthetic" or a folder with the manifests of prepare.py')
     add("--quick", action="store_true", help="few cells, one seed; on disk, 6 epochs in place of 8")
-    add("--claims", nargs="+", choices=CLAIMS, default=CLAIMS, help="default: all")
+    add("--claims", nargs="+", choices=CLAIMS, help="default: all, with --quick all but sizes")
     add("--seeds", type=int, help="runs of each cell (default: 3, with --quick 1)")
     add("--audio-encoder", help="frozen Whisper, as wide as the video encoder (default on disk: openai/whisper-base)")
     add("--video-encoder", help="AV-HuBERT file, frozen (default: the encoder of a VSR run of the study)")
@@ -166,15 +169,11 @@ def main():
     add("--out", type=Path, default=Path("results"), help="folder of the tables (default: results)")
     add("--name", help="of the tables and of the folder in --runs (default: that of the data, with --quick -quick)")
     args = parser.parse_args(argv, argparse.Namespace(extra=extra))
-    if args.quick:
-        args.claims = [name for name in args.claims if name != "sizes"]
-        if not args.claims:
-            parser.error("--quick has one LLM, and no sizes to compare")
+    args.claims = args.claims or [name for name in CLAIMS if name != "sizes" or not args.quick]
     args.seeds = (1 if args.quick else 3) if args.seeds is None else args.seeds
     if args.seeds < 1 or args.jobs < 1:
         parser.error(f"--seeds and --jobs must be at least 1, got {args.seeds} and {args.jobs}")
-    args.llms = {"tiny": json.dumps(TINY_LLM), "small": None}  # --llm of train.py (None: its default), small ones first
-    args.llms |= {Path(args.llm).name: args.llm} if args.llm else {}
+    args.llms = SCRATCH | ({Path(args.llm).name: args.llm} if args.llm else {})
     if args.data != "synthetic" and args.audio_encoder is None:
         args.audio_encoder = "openai/whisper-base"
     args.name = args.name or Path(args.data).resolve().name + ("-quick" if args.quick else "")
@@ -189,8 +188,7 @@ def main():
         if (folder / "results.json").is_file():
             done.setdefault(cell, {})[seed] = read_run(folder)
     line = lambda run: shlex.join(["python", "train.py", *arguments(*run, args), "--out", str(runs[run])])  # noqa: E731
-    code = identity(*next(iter(runs)), args)["code"]
-    write(done, runs, {run: line(run) for run in runs}, code, args)
+    write(done, runs, {run: line(run) for run in runs}, args)
 
 
 if __name__ == "__main__":

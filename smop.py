@@ -148,9 +148,9 @@ def _token_mean(values, mask, process_group):
 def mean_of(total, count, process_group=None):
     """total / count (at least 1); with a process_group, those of all its processes together: total (...), count ().
 
-    It is for DistributedDataParallel, which averages the gradients of the processes: each one's own part gets its
-    gradient times their number, so that the average is the gradient of the whole. That needs the same loss in every
-    process, and no communication in the backward pass, where it could get between DistributedDataParallel's own.
+    For DistributedDataParallel, which averages the gradients of the processes: each process's own part enters with
+    its gradient times their number, so that the average is the gradient of the whole. Every process thus has the same
+    loss, and none communicates in the backward pass, where it could get between DistributedDataParallel's own.
     """
     if process_group is not None:
         sums = torch.cat([total.detach().flatten(), count.to(total).view(1)])

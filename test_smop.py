@@ -237,9 +237,9 @@ def test_wrong_mixtures_are_refused():
 def test_avhubert_equals_published_numbers():
     golden = np.load(GOLDEN / "avhubert-tiny.npz")
     encoder = AVHubertEncoder.from_fairseq(GOLDEN / "avhubert-tiny.pt")
-    video, padding = torch.from_numpy(golden["video"]), torch.from_numpy(golden["padding_mask"])
+    video, mask = torch.from_numpy(golden["video"]), ~torch.from_numpy(golden["padding_mask"])
     close(encoder(video), golden["features"], atol=2e-5)
-    close(encoder(video, padding), golden["features_with_padding_mask"], atol=2e-5)
+    close(encoder(video, mask), golden["features_with_padding_mask"], atol=2e-5)
     close(encoder(video[1:, :, :20]), golden["features_clip1_alone"], atol=2e-5)
 
 
@@ -597,7 +597,9 @@ def test_padding_does_not_reach_the_losses():
 def test_save_and_load(tmp_path, task, projector):
     model = small_model(task, projector)
     batch = collate(small_batch(task))
-    model(batch).total.backward()  # changes BatchNorm's statistics
+    losses = model(batch)
+    assert (losses.total == losses.lm) == (projector == "MLP")  # which has no router to balance
+    losses.total.backward()  # changes BatchNorm's statistics
     model.eval().save(tmp_path / "run")
     loaded = LlamaSMoP.load(tmp_path / "run")
     for a, b in zip(model(batch), loaded(batch)):
@@ -1223,17 +1225,17 @@ def test_a_corpus_is_checked_as_a_whole(tmp_path, monkeypatch, capsys):
         "d,d.mp4,25, ",
         "e,e,1,x,y",
     ]
-    (tmp_path / "test.csv").write_text("\n".join(["id,path,frames,text", *rows]) + "\n")
+    (tmp_path / "test.csv").write_text("\n".join(["", "id,path,frames,text", *rows]) + "\n")
     monkeypatch.setattr(sys, "argv", ["data.py", str(tmp_path)])
     with pytest.raises(SystemExit, match="1|True"):
         data.main()
     faults = capsys.readouterr().out.splitlines()
     assert len(faults) == 6 and faults[-1] == "5 faults"
     for fault, words in zip(
-        faults, ("b.mp4: 64x64 pixels", "c.mp4: 1.0", "'a' stands for several", ":6: empty", ":7: expected")
+        faults, ("b.mp4: 64x64 pixels", "c.mp4: 1.0", "'a' stands for several", ":7: empty", ":8: expected")
     ):
         assert words in fault
-    assert len((tmp_path / "test.csv").read_text().splitlines()) == 7  # only changed when asked
+    assert len((tmp_path / "test.csv").read_text().splitlines()) == 8  # only changed when asked
     assert len(data.check_corpus(tmp_path, clean=True)) == 5 and not data.check_corpus(tmp_path)
     with pytest.raises(ValueError, match="test.csv.old: the rows of an earlier --clean"):
         data.check_corpus(tmp_path, clean=True)
@@ -1665,6 +1667,7 @@ def test_two_processes_train_resume_and_evaluate(corpus, tmp_path):
         (("eval.py", "nowhere"), "nowhere: no config.json"),
         (("prepare.py", "nowhere", "out"), "nowhere"),
         (("transcribe.py", "nowhere", "talk.mp4"), "nowhere: no config.json"),
+        (("transcribe.py", "nowhere", "talk.mp4", "--device", "gpu"), "--device must be cpu, or cuda"),
     ],
 )
 def test_wrong_commands_say_what_is_wrong(command, message, tmp_path):
@@ -1742,7 +1745,7 @@ def test_numbers_out_of_range_are_refused(field):
         (("--audio-pool", 300), "train-0000: too short for audio pooling by 300; train-0001"),
         (("--average", 3, "--epochs", 2), "--average 3 is more than --epochs 2"),
         (("--eval-snr", "loud"), "an SNR is clean or a number of dB between -100 and 100, got 'loud'"),
-        (("--device", "tpu"), "--device must be cpu, or cuda"),
+        (("--device", "cpux"), "--device must be cpu, or cuda"),
         (("--audio-encoder", "no/where/here"), "no/where/here: neither a folder of transformers nor found on its hub"),
         (("--llm", "no/where/here"), "no/where/here: neither a folder"),
         (("--video-encoder", "nowhere.pt"), "nowhere.pt: no such checkpoint"),
@@ -1764,6 +1767,10 @@ def test_run_folders_of_another_version_are_refused(tmp_path):
     model.config["experts"] = model.config.pop("num_experts")
     model.save(tmp_path)
     with pytest.raises(ValueError, match="config.json: of another version.* experts, num_experts"):
+        LlamaSMoP.load(tmp_path)
+    small_model("asr").save(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"half a copy")
+    with pytest.raises(ValueError, match="model.safetensors: damaged"):
         LlamaSMoP.load(tmp_path)
 
 

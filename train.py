@@ -64,7 +64,7 @@ SMALL_AVHUBERT = {
 }
 
 
-# What is not given: models from scratch would stay on a plateau with the published rates, and with noise from the start.
+# Defaults of what is not given. From scratch, the published rates, or noise from the start, leave a model on a plateau.
 FROM_SCRATCH = {"epochs": 6, "clean_epochs": 3, "max_frames": 320, "lr": 4e-4}
 PUBLISHED = {"epochs": 10, "clean_epochs": 0, "max_frames": 1500, "lr": 1e-3}  # with a pretrained LLM; lr 5e-4 for vsr
 
@@ -111,7 +111,10 @@ class Args:
     weight_decay: float = arg(0.1, "of AdamW", 0, 10)
     clip_grad: float = arg(1.0, "largest norm of the gradient", 1e-6, 1e6)
     max_frames: int | None = arg(
-        None, "video frames in a batch a process, padding included (default: 320, with a pretrained LLM 1500)", 1, 10**6
+        None,
+        "video frames per batch and process, padding included (default: 320, with a pretrained LLM 1500)",
+        1,
+        10**6,
     )
     accumulate: int = arg(1, "batches a step, of which each counts the same", 1, 10_000)
     clean_epochs: int | None = arg(
@@ -226,7 +229,7 @@ def train(args, resume):
         if getattr(args, name) not in (None, "synthetic") and os.path.exists(getattr(args, name)):
             setattr(args, name, os.path.abspath(getattr(args, name)))
     rank, world, device = join_processes(args.device)
-    # A core for each worker: arithmetic in as many threads as there are cores would wait for the one that lost its own.
+    # Leave a core to each worker: arithmetic is as slow as its slowest thread, one that shares its core.
     torch.set_num_threads(max(min(torch.get_num_threads(), (os.cpu_count() or 1) - args.workers), 1))
     torch.manual_seed(args.seed)
 
@@ -420,7 +423,7 @@ def train(args, resume):
     if rank == 0:
         report(about | results, hypotheses, out)
     if world > 1:
-        # Before the group: the last to hold it, it would wait for gloo's threads with the lock that they need.
+        # Before the group: as its last owner, it would wait for gloo's threads while it holds the GIL that they need.
         del wrapped
         dist.destroy_process_group()
 

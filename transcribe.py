@@ -34,6 +34,7 @@ from data import (
     transform_audio,
     transform_video,
 )
+from eval import join_processes
 from model import LlamaSMoP
 from prepare import find_mouths
 
@@ -126,7 +127,8 @@ def main():
         if not least <= value <= most:
             parser.error(f"{flag} must be between {least} and {most}, got {value}")
 
-    model = LlamaSMoP.load(args.run, **{"task": args.task} if args.task else {}).place(args.device)
+    _, _, device = join_processes(args.device)
+    model = LlamaSMoP.load(args.run, **{"task": args.task} if args.task else {}).place(device)
     trained = json.loads((args.run / "config.json").read_text())["task"]
     if model.config["task"] != trained:
         print(
