@@ -111,10 +111,7 @@ class Args:
     weight_decay: float = arg(0.1, "of AdamW", 0, 10)
     clip_grad: float = arg(1.0, "largest norm of the gradient", 1e-6, 1e6)
     max_frames: int | None = arg(
-        None,
-        "video frames per batch and process, padding included (default: 320, with a pretrained LLM 1500)",
-        1,
-        10**6,
+        None, "video frames per batch and process, with padding (default: 320, with a pretrained LLM 1500)", 1, 10**6
     )
     accumulate: int = arg(1, "batches a step, of which each counts the same", 1, 10_000)
     clean_epochs: int | None = arg(
