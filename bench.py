@@ -426,7 +426,7 @@ def main():
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts), help="parts to run (default: all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     parser.add_argument("--data", help="folder of manifests, for loading")
-    parser.add_argument("--out", type=Path, default=Path("bench.json"))
+    parser.add_argument("--out", type=Path, default=Path("bench.json"), help="file to write (default: bench.json)")
     args = parser.parse_args()
     device = torch.device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -381,7 +381,7 @@ def noise(done, claim, args):
     x = [7.5 if snr == "clean" else float(snr) for snr in SNRS]
     fig, (ax,) = figure(1, width=5, height=3.4)
     for i, cell in enumerate(claim.cells):
-        at = [snr + 0.1 * i for snr in x]  # side by side, so that no error bar hides another
+        at = [snr + 0.1 * (i - (len(claim.cells) - 1) / 2) for snr in x]  # side by side: no error bar hides another
         style = {"color": COLOURS[cell.projector], "linestyle": "-" if cell.task == "avsr" else "--", "marker": "o"}
         label = f"{cell.task} {cell.projector}".upper()
         spreads(ax, at, [wers(done, cell, snr) for snr in SNRS], label=label, **style)

@@ -8,7 +8,7 @@
 
 On a GPU: `model.place("cuda")`, and then every call under `torch.autocast("cuda", torch.bfloat16)`.
 
-What the LLM reads (Fig. 1 of the paper), one clip; training continues it with the transcript and EOS:
+What the LLM reads, as in the authors' code, one clip; training continues it with the transcript and EOS:
 
     BOS <audio> A...A </audio> <video> V...V </video> prompt
 

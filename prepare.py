@@ -233,8 +233,8 @@ def prepare_clip(source, video, audio):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("raw_dir", type=Path)
-    parser.add_argument("out_dir", type=Path)
+    parser.add_argument("raw_dir", type=Path, help="folder of clips with transcripts, or of manifests")
+    parser.add_argument("out_dir", type=Path, help="folder to write")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
     parser.add_argument(
         "--allow-failures", type=int, default=0, metavar="N", help="exit with 0 if at most N clips fail"
