@@ -249,10 +249,10 @@ def test_video_padding_changes_nothing_even_in_training(layer_norm_first):
     encoder = AVHubertEncoder(**AVHUBERT, layer_norm_first=layer_norm_first)
     video = torch.randn(1, 1, 9, 88, 88)
     padded = F.pad(video, (0, 0, 0, 0, 0, 5), value=7.0)
-    padding = torch.arange(14)[None] >= 9
+    mask = torch.arange(14)[None] < 9
     for mode in (True, False):
         encoder.train(mode)
-        close(encoder(padded, padding)[:, :9], encoder(video), atol=1e-4)
+        close(encoder(padded, mask)[:, :9], encoder(video), atol=1e-4)
 
 
 def test_frozen_encoder_keeps_its_batch_norm():
