@@ -372,14 +372,11 @@ class LlamaSMoP(nn.Module):
         model = cls(**config | changes, tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
         try:
             state = load_file(folder / "model.safetensors")
-        except SafetensorError as error:
-            raise ValueError(f"{folder / 'model.safetensors'}: damaged ({error})") from None
-        if task != config["task"]:  # what is joint has the name of the first modality
-            joint = {name: name.replace(".smops.video.", ".smops.audio.") for name in model.trained_state()}
-            state = {name: state.get(name, state.get(joint[name])) for name in joint}
-        try:
+            if task != config["task"]:  # what is joint has the name of the first modality
+                joint = {name: name.replace(".smops.video.", ".smops.audio.") for name in model.trained_state()}
+                state = {name: state.get(name, state.get(joint[name])) for name in joint}
             model.load_trained_state(state)
-        except ValueError as error:
+        except (ValueError, SafetensorError) as error:  # of another model, or half a copy
             raise ValueError(f"{folder / 'model.safetensors'}: {error}") from None
         return model.eval()
 

@@ -1770,7 +1770,7 @@ def test_run_folders_of_another_version_are_refused(tmp_path):
         LlamaSMoP.load(tmp_path)
     small_model("asr").save(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"half a copy")
-    with pytest.raises(ValueError, match="model.safetensors: damaged"):
+    with pytest.raises(ValueError, match="model.safetensors: .*header"):
         LlamaSMoP.load(tmp_path)
 
 
