@@ -85,25 +85,24 @@ def manifest_rows(path):
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{path}: not a CSV file in UTF-8 ({error})") from None
     labels = bool(rows) and rows[0][1] != HEADER
-    clips = []
+    clips, names = [], set()
     for line, row in rows if labels else rows[1:]:
         try:
-            clips.append((row, parse_row(path, row, labels)))
+            clip = parse_row(path, row, labels)
+            if clip.id in names:
+                raise ValueError(f"the id {clip.id!r} stands for several clips")
+            names.add(clip.id)
         except ValueError as error:
-            clips.append((row, ValueError(f"{path}:{line}: {error}")))
+            clip = ValueError(f"{path}:{line}: {error}")
+        clips.append((row, clip))
     if not clips:
         raise ValueError(f"{path}: no clips in it; expected the header {','.join(HEADER)} and a line a clip")
-    names = set()
-    for i, (row, clip) in enumerate(clips):
-        if isinstance(clip, Clip) and clip.id in names:
-            clips[i] = row, ValueError(f"{path}: the id {clip.id!r} stands for several clips")
-        elif isinstance(clip, Clip):
-            names.add(clip.id)
     return clips
 
 
 def parse_row(path, row, labels):
     """The Clip of one row of the manifest at `path`; labels: it is a label file of auto_avsr or Llama-AVSR."""
+    may_be_ids = len(row) == 4  # auto_avsr's own labels hold token ids
     if labels and len(row) == 5:  # Llama-AVSR's: dataset,rel_path,frames,unused,text
         row = [*row[:3], row[4]]
     if len(row) != 4 or not row[2].isdecimal() or not 1 <= len(row[2]) <= 9 or int(row[2]) < 1:
@@ -112,7 +111,7 @@ def parse_row(path, row, labels):
     if labels:
         root = path.parent if (path.parent / row[0]).is_dir() else path.parent.parent
         name, file = str(Path(row[1]).with_suffix("")), root / row[0] / row[1]
-        if text and all(token.isdigit() for token in text.split()):
+        if may_be_ids and text and all(token.isdigit() for token in text.split()):
             transcript = (root / row[0] / row[1].replace("_video_", "_text_")).with_suffix(".txt")
             if not transcript.is_file():
                 raise ValueError(f"token ids instead of a transcript, and no {transcript}")

@@ -232,6 +232,7 @@ def main():
     parser.add_argument("--snr", nargs="+", default=["clean"], help="dB or clean (default: clean)")
     parser.add_argument("--noise", help="audio file (default: that of the training, or babble of its train split)")
     parser.add_argument("--num-beams", type=int, default=1, help="1 is greedy (published: 15)")
+    parser.add_argument("--max-frames", type=int, default=2000, help="video frames per batch (default: 2000)")
     parser.add_argument("--out", type=Path, help="folder for the results (default: the run folder)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     args = parser.parse_args()
@@ -242,8 +243,10 @@ def main():
     if (args.run / "args.json").is_file():
         trained = json.loads((args.run / "args.json").read_text())
     snrs = [parse_snr(snr) for snr in args.snr]
-    if not 1 <= args.num_beams <= 100:
-        raise ValueError(f"--num-beams must be between 1 and 100, got {args.num_beams}")
+    if not 1 <= args.num_beams <= 100 or args.max_frames < 1:
+        raise ValueError(
+            f"--num-beams must be between 1 and 100 and --max-frames positive, got {args.num_beams}, {args.max_frames}"
+        )
     data = args.data or trained["data"]
     if data is None:
         raise ValueError(f"{args.run}: not trained by train.py, so --data must say what to evaluate on")
@@ -256,7 +259,7 @@ def main():
     if "audio" not in model.kinds and snrs != [None]:
         raise ValueError(f"{args.run}: a model without audio has no SNR")
     model.check(clips)
-    results, hypotheses = evaluate(model, clips, load, noise, snrs, args.num_beams, workers=trained["workers"])
+    results, hypotheses = evaluate(model, clips, load, noise, snrs, args.num_beams, args.max_frames, trained["workers"])
     if rank == 0:
         report({"data": data, "split": args.split, "seed": trained["seed"]} | results, hypotheses, args.out or args.run)
     if dist.is_initialized():

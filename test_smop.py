@@ -1049,13 +1049,12 @@ def test_manifests(tmp_path):
     (tmp_path / "lrs3" / "lrs3_text_seg24s" / "x" / "1.txt").write_text("HELLO THERE\n")
     (tmp_path / "labels" / "l.csv").write_text(
         "lrs3,lrs3_video_seg24s/x/1.mp4,50,12 7 88\nlrs3,lrs3_video_seg24s/x/2.mp4,30,plain text\n"
-        "lrs3,lrs3_video_seg24s/x/3.mp4,30,4,more text\n"
+        "lrs3,lrs3_video_seg24s/x/3.mp4,30,4,more text\nlrs3,lrs3_video_seg24s/x/4.mp4,30,4,2008\n"
     )
     clips = read_manifest(tmp_path / "labels" / "l.csv")
     assert clips[0].path == tmp_path / "lrs3" / "lrs3_video_seg24s/x/1.mp4"
-    assert [c.text for c in clips] == ["HELLO THERE", "plain text", "more text"] and clips[
-        0
-    ].id == "lrs3_video_seg24s/x/1"
+    assert [c.text for c in clips] == ["HELLO THERE", "plain text", "more text", "2008"]
+    assert clips[0].id == "lrs3_video_seg24s/x/1"
 
 
 @pytest.mark.parametrize(
@@ -1067,7 +1066,7 @@ def test_manifests(tmp_path):
         ("a,a.mp4,25, ", "m.csv:2: empty transcript"),
         ("a,../../a.mp4,25,text", "lead out of the folder"),
         ("../a,a.mp4,25,text", "lead out of the folder"),
-        ("a,a.mp4,25,one\na,b.mp4,25,two", "'a' stands for several"),
+        ("a,a.mp4,25,one\na,b.mp4,25,two", "m.csv:3: the id 'a' stands for several"),
         ("", "no clips"),
     ],
 )

@@ -415,7 +415,7 @@ def train(args, resume):
         model.save(out)
         print(f"trained in {minutes:.1f} minutes; evaluating on the test split")
     model.eval()
-    results, hypotheses = evaluate(model, test, load, noise, snrs, args.num_beams, workers=args.workers)
+    results, hypotheses = evaluate(model, test, load, noise, snrs, args.num_beams, args.max_frames, args.workers)
     about = {"data": args.data, "split": "test", "seed": args.seed, "training_minutes": round(minutes, 1)}
     if rank == 0:
         report(about | results, hypotheses, out)
