@@ -62,11 +62,12 @@ QUICK_CELLS = {ASR_DEDR, MLP, *(Cell("avsr", p) for p in ("jejr", "jedr", "dedr"
 
 
 def study(args):
-    """{name: Claim} of --claims; with --quick, what is left of them with few cells, and sizes in ASR."""
+    """{name: Claim} of --claims; with --quick alone, what is left of all with few cells."""
     avsr = {p: Cell("avsr", p) for p in ("mlp", "jejr", "jedr", "dedr")}
-    task = "asr" if args.quick else "avsr"
+    task = "asr" if args.quick and not args.few else "avsr"  # of sizes and experts: ASR needs no video encoder
     mlps, dedrs = ([Cell(task, p, llm=llm) for llm in args.llms] for p in ("mlp", "dedr"))
-    mixtures = [DEDR._replace(num_experts=e, top_k=k) for e in (2, 4, 8, 16) for k in (1, 2)]
+    mlp = Cell(task, "mlp")
+    mixtures = [Cell(task, "dedr", e, k) for e in (2, 4, 8, 16) for k in (1, 2)]
     vsr = [Cell("vsr", "mlp"), ENCODER]
     claims = {
         "configurations": Claim(
@@ -85,8 +86,8 @@ def study(args):
         ),
         "experts": Claim(
             "more experts add capacity at no cost of inference.",
-            [MLP, *mixtures],
-            [(cell, MLP) for cell in mixtures],
+            [mlp, *mixtures],
+            [(cell, mlp) for cell in mixtures],
             "Decode time: greedy, encoders included, as a ratio to the MLP's, which decodes the same 8 clips in turns "
             "with it in one process, nine rounds; median [second lowest, second highest], which is the median's 95 % "
             "interval; models of the first seed.",
@@ -110,7 +111,7 @@ def study(args):
     }
     kept = {}
     for name in args.claims:
-        cells = [cell for cell in claims[name].cells if not args.quick or name == "sizes" or cell in QUICK_CELLS]
+        cells = [cell for cell in claims[name].cells if not args.few or cell in QUICK_CELLS]
         pairs = [pair for pair in claims[name].pairs if set(pair) <= set(cells)]
         kept[name] = claims[name]._replace(cells=cells, pairs=pairs)
     return kept
@@ -296,10 +297,10 @@ def sizes(done, claim, args):
 
 
 def experts(done, claim, args):
-    ratios, mlp = {}, done.get(MLP, {}).get(0)
-    for cell in claim.cells:
-        if cell != MLP and mlp and (run := done.get(cell, {}).get(0)):
-            ratios[cell] = cached(run.folder / "decode.json", lambda: decode_ratios(mlp.folder, run.folder, args))
+    (mlp, *mixtures), ratios = claim.cells, {}
+    for cell in mixtures:
+        if (a := done.get(mlp, {}).get(0)) and (b := done.get(cell, {}).get(0)):
+            ratios[cell] = cached(b.folder / "decode.json", lambda: decode_ratios(a.folder, b.folder, args))
     texts = {c: f"{statistics.median(r):.2f} [{r[1]:.2f}, {r[-2]:.2f}]" for c, r in ratios.items()}
     verdicts = []
     for cell, r in ratios.items():
@@ -312,15 +313,15 @@ def experts(done, claim, args):
         "WER, clean (%)": lambda c: wers(done, c, "clean"),
         "WER at -5 dB (%)": lambda c: wers(done, c, "-5"),
         "projector (M parameters)": lambda c: [run.sizes["projector"] / 1e6 for run in done.get(c, {}).values()],
-        "decode time / MLP's": lambda c: [1] if c == MLP else [statistics.median(ratios[c])] if c in ratios else [],
+        "decode time / MLP's": lambda c: [1] if c == mlp else [statistics.median(ratios[c])] if c in ratios else [],
     }
     for ax, (label, values) in zip(axes, panels.items()):
         for k in (1, 2):
-            of_k = [c for c in claim.cells if c != MLP and c.top_k == k]
+            of_k = [c for c in mixtures if c.top_k == k]
             style = {"color": COLOURS[f"top-{k}"], "marker": "o", "markersize": 9 - 2 * k, "label": f"top-{k}"}
             spreads(ax, [c.num_experts for c in of_k], [values(c) for c in of_k], **style)
-        if values(MLP):
-            ax.axhline(statistics.mean(values(MLP)), color=COLOURS["mlp"], label="MLP")
+        if values(mlp):
+            ax.axhline(statistics.mean(values(mlp)), color=COLOURS["mlp"], label="MLP")
         ax.set(xscale="log", xlabel="experts per modality", ylabel=label, ylim=(0, 1.1 * ax.get_ylim()[1]))
         ax.set_xticks(counts, counts)
         ax.minorticks_off()
@@ -420,7 +421,7 @@ def write(done, runs, commands, args):
         about[name] = " and ".join(sorted({str(run.results[key]) for run in finished})) or "–"
     lines, claims, numbers = [HEAD.format(**about)], {}, {}
     if args.quick:
-        lines.append(f"**Few cells, {args.seeds} seed(s) at most; on a corpus on disk, 6 epochs in place of 8.**\n")
+        lines.append(f"**Quick: {args.seeds} seed(s) at most; on a corpus on disk, 6 epochs in place of 8.**\n")
     if missing:
         lines.append(f"Not trained yet: {', '.join(missing)}.\n")
     for name, claim in study(args).items():

@@ -154,8 +154,8 @@ def main():
     )
     add = parser.add_argument
     add("--data", required=True, help='"synthetic" or a folder with the manifests of prepare.py')
-    add("--quick", action="store_true", help="few cells, one seed; on disk, 6 epochs in place of 8")
-    add("--claims", nargs="+", choices=CLAIMS, help="default: all, with --quick all but sizes")
+    add("--quick", action="store_true", help="one seed, few cells, no sizes; on disk, 6 epochs in place of 8")
+    add("--claims", nargs="+", choices=CLAIMS, help="these, with all cells; with --quick, sizes and experts in ASR")
     add("--seeds", type=int, help="runs of each cell (default: 3, with --quick 1)")
     add("--audio-encoder", help="frozen Whisper, as wide as the video encoder (default on disk: openai/whisper-base)")
     add("--video-encoder", help="AV-HuBERT file, frozen (default: the encoder of a VSR run of the study)")
@@ -169,7 +169,8 @@ def main():
     add("--out", type=Path, default=Path("results"), help="folder of the tables (default: results)")
     add("--name", help="of the tables and of the folder in --runs (default: that of the data, with --quick -quick)")
     args = parser.parse_args(argv, argparse.Namespace(extra=extra))
-    args.claims = args.claims or [name for name in CLAIMS if name != "sizes" or not args.quick]
+    args.few = args.quick and not args.claims
+    args.claims = args.claims or [name for name in CLAIMS if name != "sizes" or not args.few]
     args.seeds = (1 if args.quick else 3) if args.seeds is None else args.seeds
     if args.seeds < 1 or args.jobs < 1:
         parser.error(f"--seeds and --jobs must be at least 1, got {args.seeds} and {args.jobs}")
