@@ -62,9 +62,9 @@ QUICK_CELLS = {ASR_DEDR, MLP, *(Cell("avsr", p) for p in ("jejr", "jedr", "dedr"
 
 
 def study(args):
-    """{name: Claim} of --claims; with --quick alone, what is left of all with few cells."""
+    """{name: Claim} of --claims with its cells of --tasks; with --quick and no --claims, few cells of all."""
     avsr = {p: Cell("avsr", p) for p in ("mlp", "jejr", "jedr", "dedr")}
-    task = "asr" if args.quick and not args.few else "avsr"  # of sizes and experts: ASR needs no video encoder
+    task = next(task for task in ("avsr", "asr", "vsr") if task in args.tasks)  # of sizes and experts
     mlps, dedrs = ([Cell(task, p, llm=llm) for llm in args.llms] for p in ("mlp", "dedr"))
     mlp = Cell(task, "mlp")
     mixtures = [Cell(task, "dedr", e, k) for e in (2, 4, 8, 16) for k in (1, 2)]
@@ -112,8 +112,10 @@ def study(args):
     kept = {}
     for name in args.claims:
         cells = [cell for cell in claims[name].cells if not args.few or cell in QUICK_CELLS]
+        cells = [cell for cell in cells if cell.task in args.tasks]
         pairs = [pair for pair in claims[name].pairs if set(pair) <= set(cells)]
-        kept[name] = claims[name]._replace(cells=cells, pairs=pairs)
+        if cells:
+            kept[name] = claims[name]._replace(cells=cells, pairs=pairs)
     return kept
 
 

@@ -3,6 +3,7 @@
     python reproduce.py --data synthetic --quick              # six runs, 12 minutes on two cores
     python reproduce.py --data grid-mouths --audio-encoder whisper-base-encoder --noise babble.wav \\
         --align grid/align --llm HuggingFaceTB/SmolLM2-135M-Instruct --jobs 8
+    python reproduce.py --data grid-mouths ... --claims experts --tasks asr    # in ASR, not in AVSR: no video encoder
     python reproduce.py --data grid-mouths ... --minutes 9    # as far as it gets; the same command goes on from there
     python reproduce.py --data DIR ... -- --epochs 20 --num-beams 15        # after --: arguments for every train.py
 
@@ -155,7 +156,8 @@ def main():
     add = parser.add_argument
     add("--data", required=True, help='"synthetic" or a folder with the manifests of prepare.py')
     add("--quick", action="store_true", help="one seed, few cells, no sizes; on disk, 6 epochs in place of 8")
-    add("--claims", nargs="+", choices=CLAIMS, help="these, with all cells; with --quick, sizes and experts in ASR")
+    add("--claims", nargs="+", choices=CLAIMS, help="these, with all cells, also with --quick")
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="only cells of these (default: all)")
     add("--seeds", type=int, help="runs of each cell (default: 3, with --quick 1)")
     add("--audio-encoder", help="frozen Whisper, as wide as the video encoder (default on disk: openai/whisper-base)")
     add("--video-encoder", help="AV-HuBERT file, frozen (default: the encoder of a VSR run of the study)")
@@ -182,6 +184,8 @@ def main():
 
     load_corpus(args.data, "test")  # a wrong --data ends here, not in a train.log
     runs = all_runs(args)
+    if not runs:
+        raise ValueError(f"no model of {', '.join(args.claims)} is of the tasks {', '.join(args.tasks)}")
     check(runs, args)
     train(runs, args)
     done = {}

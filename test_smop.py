@@ -1877,6 +1877,7 @@ def test_study_keeps_finished_runs_and_refuses_changed_ones(corpus, tmp_path):
     (folders[dedr] / "results.json").unlink()  # as if it had been killed
     assert "4 runs are finished, 1 to train" in run(*study)
     assert json.loads((folders[dedr] / "results.json").read_text())["wer"] == results["wer"]
+    assert "no model of usage is of the tasks asr" in run(*study[:8], "--tasks", "asr", ok=False)
     printed = run(*study, "--epochs", 3, ok=False)
     assert f"{folders[encoder]} (epochs)" in printed and "(epochs, encoder)" in printed and "Traceback" not in printed
     assert all((folder / "results.json").is_file() for folder in folders.values())
