@@ -111,8 +111,8 @@ def study(args):
     }
     kept = {}
     for name in args.claims:
-        cells = [cell for cell in claims[name].cells if not args.few or cell in QUICK_CELLS]
-        cells = [cell for cell in cells if cell.task in args.tasks]
+        cells = [cell for cell in claims[name].cells if cell.task in args.tasks]
+        cells = [cell for cell in cells if cell in QUICK_CELLS] if args.few else cells
         pairs = [pair for pair in claims[name].pairs if set(pair) <= set(cells)]
         if cells:
             kept[name] = claims[name]._replace(cells=cells, pairs=pairs)

@@ -232,20 +232,22 @@ def main():
     parser.add_argument("--snr", nargs="+", default=["clean"], help="dB or clean (default: clean)")
     parser.add_argument("--noise", help="audio file (default: that of the training, or babble of its train split)")
     parser.add_argument("--num-beams", type=int, default=1, help="1 is greedy (published: 15)")
-    parser.add_argument("--max-frames", type=int, default=2000, help="video frames per batch (default: 2000)")
+    parser.add_argument("--max-frames", type=int, help="video frames per batch (default: that of the training)")
     parser.add_argument("--out", type=Path, help="folder for the results (default: the run folder)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     args = parser.parse_args()
 
     if not (args.run / "config.json").is_file():
         raise ValueError(f"{args.run}: no config.json; expected a folder of LlamaSMoP.save, or of a finished train.py")
-    trained = {"data": None, "noise": None, "seed": None, "workers": 2}  # of a model that train.py did not train
+    # of a model that train.py did not train
+    trained = {"data": None, "noise": None, "seed": None, "workers": 2, "max_frames": 2000}
     if (args.run / "args.json").is_file():
         trained = json.loads((args.run / "args.json").read_text())
     snrs = [parse_snr(snr) for snr in args.snr]
-    if not 1 <= args.num_beams <= 100 or args.max_frames < 1:
+    max_frames = trained["max_frames"] if args.max_frames is None else args.max_frames
+    if not 1 <= args.num_beams <= 100 or max_frames < 1:
         raise ValueError(
-            f"--num-beams must be between 1 and 100 and --max-frames positive, got {args.num_beams}, {args.max_frames}"
+            f"--num-beams must be between 1 and 100 and --max-frames positive, got {args.num_beams}, {max_frames}"
         )
     data = args.data or trained["data"]
     if data is None:
@@ -259,7 +261,7 @@ def main():
     if "audio" not in model.kinds and snrs != [None]:
         raise ValueError(f"{args.run}: a model without audio has no SNR")
     model.check(clips)
-    results, hypotheses = evaluate(model, clips, load, noise, snrs, args.num_beams, args.max_frames, trained["workers"])
+    results, hypotheses = evaluate(model, clips, load, noise, snrs, args.num_beams, max_frames, trained["workers"])
     if rank == 0:
         report({"data": data, "split": args.split, "seed": trained["seed"]} | results, hypotheses, args.out or args.run)
     if dist.is_initialized():

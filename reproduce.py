@@ -156,7 +156,7 @@ def main():
     add = parser.add_argument
     add("--data", required=True, help='"synthetic" or a folder with the manifests of prepare.py')
     add("--quick", action="store_true", help="one seed, few cells, no sizes; on disk, 6 epochs in place of 8")
-    add("--claims", nargs="+", choices=CLAIMS, help="these, with all cells, also with --quick")
+    add("--claims", nargs="+", choices=CLAIMS, help="these with all cells, also with --quick (default: all)")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="only cells of these (default: all)")
     add("--seeds", type=int, help="runs of each cell (default: 3, with --quick 1)")
     add("--audio-encoder", help="frozen Whisper, as wide as the video encoder (default on disk: openai/whisper-base)")
