@@ -295,14 +295,16 @@ def bench_decoding(device, dtype, length=16):
     for name, llm in (("small", SMALL_LLM), ("SmolLM2-135M", SMOLLM2)):
         torch.manual_seed(0)
         tokenizer = train_tokenizer([clip.text for clip in clips])
-        model = LlamaSMoP("avsr", llm, SMALL_WHISPER, SMALL_AVHUBERT, tokenizer, audio_window="clip").to(device).eval()
+        model = (
+            LlamaSMoP("avsr", llm, SMALL_WHISPER, SMALL_AVHUBERT, tokenizer, audio_window="clip").place(device).eval()
+        )
         for beams in (1, 15):
             ids, settings = {}, {"max_new_tokens": length, "min_new_tokens": length}
             ways = {
                 "published": lambda: ids.update(published=one_by_one(model, items, beams, **settings)),
                 "ours": lambda: ids.update(ours=model.generate_ids(collate(items), beams, **settings)),
             }
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.no_grad(), model.autocast():  # the published way, too
                 times = compare(
                     ways, device, 5, least=3 if name == "small" else 1
                 )  # the second takes a minute on a CPU
@@ -351,11 +353,9 @@ def bench_paper(device, dtype, seconds=4.0, frames=1500):
     batch = collate([item] * clips)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, 1e-3, fused=True)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     def step():
-        with autocast:
-            model(batch).total.backward()
+        model(batch).total.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -364,10 +364,9 @@ def bench_paper(device, dtype, seconds=4.0, frames=1500):
     states = 2 * sum(p.nbytes for p in trained)
     peak = peak_memory(step, device) + weights + states
     model.eval()
-    with autocast:
-        decode = lambda: model.generate_ids(batch, 15, max_new_tokens=24, min_new_tokens=24)  # noqa: E731
-        decoding = compare({"decode": decode}, device, 5)["decode"]
-        decoding_peak = peak_memory(decode, device) + weights
+    decode = lambda: model.generate_ids(batch, 15, max_new_tokens=24, min_new_tokens=24)  # noqa: E731
+    decoding = compare({"decode": decode}, device, 5)["decode"]
+    decoding_peak = peak_memory(decode, device) + weights
     title = f"The paper's sizes, random weights, {clips} clips of {seconds:g} s a batch"
     row = {
         "trained (M)": sum(p.numel() for p in trained) / 1e6,

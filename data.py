@@ -198,12 +198,7 @@ def load_video(path):
 
 
 def load_audio(path):
-    """The first audio track as float32 (S,), 16 kHz mono, starting when the video starts.
-
-    Where a `.wav` lies beside the file (auto_avsr's layout), it is read instead.
-    """
-    wav = Path(path).with_suffix(".wav")
-    path = wav if wav.is_file() else path
+    """The first audio track as float32 (S,), 16 kHz mono, starting when the video starts."""
     container, stream = _open(path, "audio")
     with container:
         resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
@@ -235,9 +230,13 @@ def fit_audio(samples, length):
 
 
 def load_media(clip, kind):
-    """ "audio" (S,) float32 or "video" (T, H, W) uint8 of a clip on disk, at the length its manifest states."""
+    """ "audio" (S,) float32 or "video" (T, H, W) uint8 of a clip on disk, at the length its manifest states.
+
+    Where a `.wav` lies beside the file (auto_avsr's layout, prepare.py's, too), it has the sound.
+    """
     if kind == "audio":
-        audio, length = load_audio(clip.path), clip.frames * SAMPLES_PER_FRAME
+        wav = clip.path.with_suffix(".wav")
+        audio, length = load_audio(wav if wav.is_file() else clip.path), clip.frames * SAMPLES_PER_FRAME
         if abs(len(audio) - length) > SAMPLE_RATE // 5:  # codecs pad
             seconds = [round(samples / SAMPLE_RATE, 2) for samples in (len(audio), length)]
             raise ValueError(f"{clip.path}: {seconds[0]} s of audio, but its manifest says {seconds[1]} s")
@@ -282,7 +281,7 @@ def transform_audio(samples):
 
 
 def mask_spans(x, rate, rng, longest=0.4):
-    """x (T, ...) with spans of up to `longest` seconds set to 0, one for each second of the clip and anywhere in it, as in
+    """x (T, ...) with spans of up to `longest` seconds set to 0, one per second of the clip, at random places, as in
     auto_avsr: of the sound before noise is added, of the video before it is normalised, where 0 is black."""
     x = x.copy()
     for _ in range(math.ceil(len(x) / rate)):
@@ -422,7 +421,7 @@ def make_loader(dataset, batches, workers):
 
 
 def leave_group(worker):
-    """Out of the process group, to which a terminal sends Ctrl-C: the training, which ends after a whole step, needs its
+    """Leave the process group, to which a terminal sends Ctrl-C: the training ends after a whole step and needs its
     workers until then."""
     if hasattr(os, "setpgrp"):  # not on Windows
         os.setpgrp()

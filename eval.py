@@ -5,7 +5,7 @@
     python eval.py RUN --data OTHER_DIR --split valid --noise babble.wav --snr 0
     torchrun --standalone --nproc_per_node 4 eval.py RUN     # several GPUs: the same results
 
-Needs the run folder, and what it names: the corpus and the frozen encoders. Writes into it, in place of the training's
+Needs the run folder, and what it names: the corpus and the pretrained parts. Writes into it, in place of the training's
 own, or into --out: `results.json`, `times.json`, `hypotheses.jsonl` (snr, id, reference, hypothesis) and, where matplotlib
 is installed, `routing.png` and `wer.png`. Noise is drawn from each clip's id, so all but the times repeats exactly.
 """
@@ -43,7 +43,10 @@ def parse_snr(text):
 
 def fault(error):
     """What to print of an error of the input: its sentence, without our call stack, also where a worker met it."""
-    return f"error: {str(error).splitlines()[-1].removeprefix(f'{type(error).__name__}: ')}"
+    text = str(error)
+    if text.startswith("Caught "):  # in a worker of the loader, with its call stack
+        text = text.splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
+    return f"error: {text}"
 
 
 def name_snr(snr):
@@ -100,8 +103,7 @@ def evaluate(model, clips, load, noise=None, snrs=(None,), num_beams=1, max_fram
         texts = []
         others = dist.is_initialized() and dist.get_rank() > 0
         for batch in tqdm(loader, desc=f"decode {name_snr(snr)}", unit="batch", leave=False, disable=others):
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                texts += zip(batch["ids"], model.generate(batch, num_beams))
+            texts += zip(batch["ids"], model.generate(batch, num_beams))
         hook.remove()  # after the first SNR
         texts = dict(gather(texts))
         pairs = [(clip.text, texts[clip.id]) for clip in clips]
@@ -121,7 +123,7 @@ def evaluate(model, clips, load, noise=None, snrs=(None,), num_beams=1, max_fram
         "num_beams": num_beams,
         "routing": routing_statistics(gather(routings)),
         "seconds": round(time.time() - start, 1),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     return results, hypotheses

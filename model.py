@@ -6,7 +6,7 @@
     texts = model.generate(batch, num_beams=15)
     model.save("run"); model = LlamaSMoP.load("run")
 
-On a GPU: `model.place("cuda")`, and then every call under `torch.autocast("cuda", torch.bfloat16)`.
+On a GPU: `model.place("cuda")`, which runs under bf16 autocast.
 
 What the LLM reads, as in the authors' code, one clip; training continues it with the transcript and EOS:
 
@@ -118,6 +118,7 @@ class LlamaSMoP(nn.Module):
         self.pools = {"audio": audio_pool, "video": video_pool}
         self.audio_window = audio_window
         self.loss_weights = load_balancing_weight, router_z_weight
+        self.bf16 = False  # see `place`
 
         dims = {}
         if "audio" in self.kinds:
@@ -132,9 +133,8 @@ class LlamaSMoP(nn.Module):
             projector, num_experts, top_k = "DEDR", 1, 1
             self.config |= {"num_experts": 1, "top_k": 1}
             self.loss_weights = 0.0, 0.0  # its router has no choice
-        # With top-1, renormalising would make the weight 1 and cut the router off from the language-model loss.
         self.projector = MultimodalSMoP(
-            dims, dim, projector, dim_hidden=dim_hidden, num_experts=num_experts, top_k=top_k, renormalize=top_k > 1
+            dims, dim, projector, dim_hidden=dim_hidden, num_experts=num_experts, top_k=top_k
         )
         self.prompt = prompt if prompt is not None else "" if isinstance(llm, dict) else PROMPTS[task]
         self.train()
@@ -145,10 +145,13 @@ class LlamaSMoP(nn.Module):
         """Losses of a batch of `data.collate`: mean cross entropy over the tokens of all transcripts and their EOS,
         and the routers' two losses. Padding has no part in any of them. With a process_group, they are those of the
         batches of all its processes together (see `smop.mean_of`)."""
-        embeddings, mask, labels, routing = self.embed(batch, batch["texts"], process_group)
-        hidden = self.llm.get_decoder()(inputs_embeds=embeddings, attention_mask=mask, use_cache=False)[0]  # (B, L, D)
-        target = labels[:, 1:] != IGNORE  # logits only where a transcript is predicted
-        logits = self.llm.get_output_embeddings()(hidden[indices(target, hidden.device)])  # (text tokens, vocabulary)
+        with self.autocast():
+            embeddings, mask, labels, routing = self.embed(batch, batch["texts"], process_group)
+            hidden = self.llm.get_decoder()(inputs_embeds=embeddings, attention_mask=mask, use_cache=False)[
+                0
+            ]  # (B, L, D)
+            target = labels[:, 1:] != IGNORE  # logits only where a transcript is predicted
+            logits = self.llm.get_output_embeddings()(hidden[indices(target, hidden.device)])  # (tokens, vocabulary)
         labels = labels[:, 1:][target].to(logits.device, non_blocking=True)
         lm = F.cross_entropy(logits.float(), labels, reduction="sum")
         lm = mean_of(lm, torch.tensor(len(labels)), process_group)
@@ -168,15 +171,6 @@ class LlamaSMoP(nn.Module):
         All of the prefix but its last token runs through the LLM once a clip, and only its cache is repeated for the
         beams: `generate` alone would run it once a beam.
         """
-        embeddings, mask, _, _ = self.embed(batch)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding, on the left, takes none
-        cache = self.llm.get_decoder()(
-            inputs_embeds=embeddings[:, :-1],
-            attention_mask=mask[:, :-1],
-            position_ids=positions[:, :-1],
-            use_cache=True,
-        ).cache
-        cache.batch_repeat_interleave(num_beams)
         config = GenerationConfig(
             num_beams=num_beams,
             do_sample=False,
@@ -185,7 +179,19 @@ class LlamaSMoP(nn.Module):
             pad_token_id=self.tokenizer.pad_token_id,
             **settings,
         )
-        return self.llm.generate(inputs_embeds=embeddings, attention_mask=mask, cache=cache, generation_config=config)
+        with self.autocast():
+            embeddings, mask, _, _ = self.embed(batch)
+            positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding, on the left, takes none
+            cache = self.llm.get_decoder()(
+                inputs_embeds=embeddings[:, :-1],
+                attention_mask=mask[:, :-1],
+                position_ids=positions[:, :-1],
+                use_cache=True,
+            ).cache
+            cache.batch_repeat_interleave(num_beams)
+            return self.llm.generate(
+                inputs_embeds=embeddings, attention_mask=mask, cache=cache, generation_config=config
+            )
 
     def embed(self, batch, texts=None, process_group=None):
         """The LLM's input: embeddings (B, L, D), attention mask (B, L), labels (B, L) on the CPU, routing.
@@ -295,11 +301,15 @@ class LlamaSMoP(nn.Module):
             return self.video_encoder(video, mask)
 
     def place(self, device):
-        """Move to a device, and on a GPU, where it runs under bf16 autocast, `halve_frozen`."""
-        return (self.halve_frozen() if torch.device(device).type == "cuda" else self).to(device)
+        """Move to a device, and on a GPU run under bf16 autocast from now on, with `halve_frozen`."""
+        self.bf16 = torch.device(device).type == "cuda"
+        return (self.halve_frozen() if self.bf16 else self).to(device)
+
+    def autocast(self):
+        return torch.autocast(next(self.parameters()).device.type, torch.bfloat16, enabled=self.bf16)
 
     def halve_frozen(self):
-        """Frozen matrices in bf16: autocast would cast them again at every use, a billion weights per decoded token."""
+        """Keep frozen matrices in bf16; autocast would cast them again at every use, a billion weights a token."""
         for p in self.parameters():
             if not p.requires_grad and p.ndim > 1:
                 p.data = p.data.bfloat16()
@@ -317,7 +327,7 @@ class LlamaSMoP(nn.Module):
     def trained_state(self):
         """{name: tensor} of all that training changes, or that was drawn at random: what a run has to keep."""
         state = {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
-        if "video" in self.kinds:  # BatchNorm's statistics; those of a published model moved
+        if "video" in self.kinds:  # BatchNorm's statistics, also frozen ones: in the authors' training they moved
             state |= {f"video_encoder.{name}": b for name, b in self.video_encoder.named_buffers()}
         if not isinstance(self.config["llm"], dict):  # the rows of the new tokens, in a vocabulary that is frozen
             new = self.tokenizer.convert_tokens_to_ids(["<pad>", *MARKERS])

@@ -40,20 +40,21 @@ class SMoP(nn.Module):
     dim_hidden: width inside an expert (default: dim_out).
     num_experts, top_k: how many experts there are, and how many each token passes through.
         num_experts=1, top_k=1 is the plain MLP projector of Llama-AVSR.
-    renormalize: scale the k chosen probabilities to sum 1 (the published rule). With top_k=1 the weight is then the
-        constant 1 and the task loss gives the router no gradient: only the two losses below would train it. Pass
-        renormalize=False for top_k=1; the weight is then the probability itself.
+    renormalize: scale the k chosen probabilities to sum 1, the published rule and the default but for top_k=1. There
+        the weight would be the constant 1 and the task loss would give the router no gradient; by default it is the
+        probability itself.
 
-    Every expert takes part in the graph of every step, with no tokens if need be, so that its gradient is 0 and not
-    None: DistributedDataParallel works without find_unused_parameters.
+    Every expert takes part in every step, with no tokens if need be, so that its gradient is 0 and not None:
+    DistributedDataParallel works without find_unused_parameters.
     """
 
-    def __init__(self, dim_in, dim_out, dim_hidden=None, num_experts=4, top_k=2, renormalize=True):
+    def __init__(self, dim_in, dim_out, dim_hidden=None, num_experts=4, top_k=2, renormalize=None):
         super().__init__()
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k must be between 1 and num_experts={num_experts}, got {top_k}")
         dim_hidden = dim_out if dim_hidden is None else dim_hidden
-        self.dim_out, self.top_k, self.renormalize = dim_out, top_k, renormalize
+        self.dim_out, self.top_k = dim_out, top_k
+        self.renormalize = top_k > 1 if renormalize is None else renormalize
         self.gate = nn.Linear(dim_in, num_experts, bias=False)
         self.experts = nn.ModuleList(
             nn.Sequential(
@@ -82,7 +83,7 @@ class SMoP(nn.Module):
         return y.view(*x.shape[:-1], self.dim_out), routing
 
     def route(self, x, mask=None, process_group=None):
-        """Router: linear, softmax over all experts, top-k. In float32 at least: bf16 ties change which expert wins."""
+        """Router: linear, softmax over all experts, top-k. In float32 at least: rounding to bf16 makes ties."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(dtype) if mask is None else x.to(dtype).masked_fill(~mask[..., None], 0)  # NaN * 0 is NaN
@@ -102,7 +103,7 @@ class SMoP(nn.Module):
         meets an expert twice, `index_add_` adds each block without collisions: the sum is the same every time.
         """
         order = experts.flatten().argsort(stable=True)  # (N*k,)
-        counts = F.one_hot(experts.flatten(), len(self.experts) + 1).sum(0).tolist()  # the one wait for a GPU
+        counts = F.one_hot(experts.flatten(), len(self.experts) + 1).sum(0).tolist()  # the one wait for the GPU
         token, weight = order // self.top_k, weights.flatten().index_select(0, order)  # (N*k,) of each pair
         blocks = tokens.index_select(0, token).split(counts)  # the last one is padding
         outputs = [expert(block) for expert, block in zip(self.experts, blocks)]
@@ -148,9 +149,9 @@ def _token_mean(values, mask, process_group):
 def mean_of(total, count, process_group=None):
     """total / count (at least 1); with a process_group, those of all its processes together: total (...), count ().
 
-    For DistributedDataParallel, which averages the gradients of the processes: each process's own part enters with
-    its gradient times their number, so that the average is the gradient of the whole. Every process thus has the same
-    loss, and none communicates in the backward pass, where it could get between DistributedDataParallel's own.
+    The value is that of the whole in every process. DistributedDataParallel averages the gradients of the processes, so
+    each process's own part enters with its gradient times their number: the average is then the gradient of the whole.
+    Nothing is communicated in the backward pass, where it could get between DistributedDataParallel's own.
     """
     if process_group is not None:
         sums = torch.cat([total.detach().flatten(), count.to(total).view(1)])
@@ -179,7 +180,7 @@ class MultimodalSMoP(nn.Module):
 
     dims: {modality: width of its features}; a single modality is allowed in every configuration.
     The other arguments are SMoP's. `self.smops[modality]` is that modality's SMoP; what is joint is the same module
-    in each. Joint parts need equal widths (ValueError).
+    in each, and its state_dict names it once per modality. Joint parts need equal widths (ValueError).
     """
 
     CONFIGS = ("DEDR", "JEDR", "JEJR")
@@ -200,7 +201,7 @@ class MultimodalSMoP(nn.Module):
                 smop.gate = first.gate
 
     def forward(self, features, masks=None, process_group=None):
-        """features {modality: (..., D)}, masks {modality: (...) bool} -> ({modality: (..., O)}, MultimodalRouting)."""
+        """features {modality: (..., D)}, masks {modality: (...) bool} or None -> ({modality: (..., O)}, MultimodalRouting)."""
         outputs, routing = {}, MultimodalRouting()
         for modality, x in features.items():
             mask = None if masks is None else masks[modality]

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import signal
 import struct
@@ -32,13 +31,24 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperModel,
+)
 
 import avhubert
 import bench
 import data
+import eval as eval_module
 import prepare
 import synthetic
 import train
@@ -53,6 +63,7 @@ from model import (
     load_whisper,
     train_tokenizer,
     whisper_frames,
+    whisper_on_clip,
     write_atomically,
 )
 from published import published_state, save_published
@@ -70,6 +81,7 @@ LLM = {
     "initializer_range": 0.5,
 }
 WHISPER = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 64}
+PROJECTORS = ["MLP", "JEJR", "JEDR", "DEDR"]
 AVHUBERT = {"dim": 32, "layers": 1, "heads": 2, "stem_width": 4, "stem_stride": 4, "trunk_widths": [4, 4, 4, 4]}
 
 
@@ -87,7 +99,7 @@ def test_mixture_equals_published_numbers(case):
         pytest.skip(f"{case} is only in {GOLDEN}")
     get = lambda name: torch.from_numpy(golden[f"{case}.{name}"])  # noqa: E731
     num_experts, top_k, dim_in, dim_hidden, dim_out = get("config").tolist()
-    layer = SMoP(dim_in, dim_out, dim_hidden, num_experts, top_k)
+    layer = SMoP(dim_in, dim_out, dim_hidden, num_experts, top_k, renormalize=True)
     layer.load_state_dict({name: get(f"w.{name}") for name in layer.state_dict()})
     x = get("x").requires_grad_()
     y, routing = layer(x)
@@ -170,10 +182,11 @@ def test_losses_have_their_stated_values():
 
 def test_renormalised_top1_gives_the_router_no_gradient():
     x = torch.randn(50, 6)
-    for renormalize in (True, False):
+    for renormalize in (True, False, None):  # None, the default, is False here
         layer = SMoP(6, 5, num_experts=4, top_k=1, renormalize=renormalize)
         layer(x)[0].square().sum().backward()
-        assert (layer.gate.weight.grad.abs().max() < 1e-5) == renormalize
+        assert (layer.gate.weight.grad.abs().max() < 1e-3) == (renormalize is True)
+    assert SMoP(6, 5, top_k=2).renormalize
 
 
 def test_router_stays_in_float32():
@@ -214,7 +227,9 @@ def test_configurations_share_what_they_say(config):
         close(routing.router_z_loss, expected.router_z_loss)
         close(projector(x)[1].router_z_loss, a(torch.cat([t.flatten(0, 1) for t in x.values()]))[1].router_z_loss)
     else:
+        close(routing.load_balancing_loss, sum(r.load_balancing_loss for r in routing.values()))
         close(routing.router_z_loss, sum(r.router_z_loss for r in routing.values()))
+    assert a.experts[0][0].out_features == 5  # the default width inside
     alone, routing = MultimodalSMoP({"video": 6}, 5, config)({"video": x["video"]})
     assert alone["video"].shape == (2, 4, 5) and list(routing) == ["video"]
 
@@ -311,9 +326,15 @@ def test_not_a_checkpoint(tmp_path):
     (tmp_path / "a.pt").write_bytes(b"text")
     with pytest.raises(ValueError, match="a.pt: not a PyTorch checkpoint"):
         AVHubertEncoder.from_fairseq(tmp_path / "a.pt")
-    torch.save({"model": {}, "cfg": {"model": {}}}, tmp_path / "b.pt")
-    with pytest.raises(ValueError, match="b.pt: not a pretrained AV-HuBERT"):
-        AVHubertEncoder.from_fairseq(tmp_path / "b.pt")
+    sizes = {"encoder_embed_dim": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_embed_dim": 32}
+    sizes |= {"layer_norm_first": True, "conv_pos": 8, "conv_pos_groups": 2, "modality_fuse": "concat"}
+    for cfg, message in (
+        ({}, "not a pretrained AV-HuBERT"),
+        (sizes | {"resnet_relu_type": "prelu"}, "missing weights"),
+    ):
+        torch.save({"model": {}, "cfg": {"model": cfg}}, tmp_path / "b.pt")
+        with pytest.raises(ValueError, match=f"b.pt: {message}"):
+            AVHubertEncoder.from_fairseq(tmp_path / "b.pt")
 
 
 # --- model.py ----------------------------------------------------------------------------------------------------
@@ -322,7 +343,6 @@ def test_not_a_checkpoint(tmp_path):
 def write_tokenizer(folder, words, **special):
     """A tokenizer of transformers whose tokens are `words`, numbered as listed."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -332,14 +352,6 @@ def write_tokenizer(folder, words, **special):
 @pytest.fixture(scope="module")
 def published_parts(tmp_path_factory):
     """(folder, description): the golden whole model as its authors' users have it, with llm/, whisper/ and model.pth."""
-    from transformers import (
-        LlamaConfig,
-        LlamaForCausalLM,
-        WhisperConfig,
-        WhisperFeatureExtractor,
-        WhisperModel,
-    )
-
     folder = tmp_path_factory.mktemp("published")
     info = json.loads((GOLDEN / "llama_smop_tiny/model.json").read_text())
     weights = load_file(GOLDEN / "llama_smop_tiny/weights.safetensors")
@@ -418,11 +430,12 @@ def test_whole_model_equals_published_numbers(published, case):
             assert model.generate(batch, num_beams=beams, max_new_tokens=8) == expected
 
 
-@needs_golden
 def test_audio_frames_equal_published_rule():
-    rule = np.load(GOLDEN / "llama_smop_tiny/audio_truncation.npz")
-    samples = torch.from_numpy(rule["samples"])
-    assert torch.equal(whisper_frames(samples), torch.from_numpy(rule["frames_kept_exact"]))
+    assert whisper_frames(torch.tensor([640, 8320, 48_128, 479_789, 480_640])).tolist() == [25, 26, 150, 1499, 1500]
+    if GOLDEN.is_dir():
+        rule = np.load(GOLDEN / "llama_smop_tiny/audio_truncation.npz")
+        frames = whisper_frames(torch.from_numpy(rule["samples"]))
+        assert torch.equal(frames, torch.from_numpy(rule["frames_kept_exact"]))
 
 
 @needs_golden
@@ -526,17 +539,24 @@ def test_batch_equals_its_clips_one_by_one(window):
     model = small_model(audio_window=window).eval()
     items = small_batch()
     batch = collate(items)
-    features, counts, _ = model.project(batch)
+    features, counts, routing = model.project(batch)
     losses = model(batch)
     lm, words = 0, 0
     for i, item in enumerate(items):
-        one, count, _ = model.project(collate([item]))
+        alone = collate([item])
+        one, count, _ = model.project(alone)
         for kind in features:
             assert counts[kind][i] == count[kind][0]
             close(features[kind][i, : counts[kind][i]], one[kind][0], rtol=0, atol=1e-4)
-        tokens = len(model.tokenizer(item["text"], add_special_tokens=False).input_ids) + 1
-        lm, words = lm + tokens * model(collate([item])).lm, words + tokens
+        text = [*model.tokenizer(item["text"], add_special_tokens=False).input_ids, model.tokenizer.eos_token_id]
+        logits = model.llm(inputs_embeds=model.embed(alone, alone["texts"])[0]).logits[0, -len(text) - 1 : -1]
+        lm, words = lm + F.cross_entropy(logits, torch.tensor(text), reduction="sum"), words + len(text)
     close(losses.lm, lm / words, rtol=0, atol=1e-4)
+    for kind, r in routing.items():  # over real tokens alone
+        logits, experts = (torch.cat([row[:n] for row, n in zip(x, counts[kind])]) for x in (r.logits, r.experts))
+        close(r.load_balancing_loss, load_balancing_loss(logits, experts))
+        close(r.router_z_loss, router_z_loss(logits))
+    close(losses.total, losses.lm + 0.01 * routing.load_balancing_loss + 0.001 * routing.router_z_loss)
     for beams in (1, 3):
         alone = [model.generate(collate([item]), beams, max_new_tokens=6)[0] for item in items]
         assert model.generate(batch, beams, max_new_tokens=6) == alone
@@ -584,16 +604,7 @@ def test_two_processes_give_the_losses_and_the_gradient_of_one(tmp_path):
         assert any(idle)  # some expert had no token
 
 
-def test_padding_does_not_reach_the_losses():
-    model = small_model().eval()
-    batch = collate(small_batch())
-    padded = dict(batch, audio=F.pad(batch["audio"], (0, 6400)), video=F.pad(batch["video"], (0, 0, 0, 0, 0, 10)))
-    for a, b in zip(model(batch), model(padded)):
-        close(a, b, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("task", ["asr", "vsr", "avsr"])
-@pytest.mark.parametrize("projector", ["MLP", "JEJR", "JEDR", "DEDR"])
+@pytest.mark.parametrize("task, projector", [("asr", "MLP"), ("vsr", "DEDR"), *zip(["avsr"] * 4, PROJECTORS)])
 def test_save_and_load(tmp_path, task, projector):
     model = small_model(task, projector)
     batch = collate(small_batch(task))
@@ -637,7 +648,7 @@ def test_trained_video_encoder_serves_another_run(tmp_path):
     assert not any(p.requires_grad for p in second.video_encoder.parameters())
 
 
-@pytest.mark.parametrize("projector", ["MLP", "JEJR", "JEDR", "DEDR"])
+@pytest.mark.parametrize("projector", PROJECTORS)
 @pytest.mark.parametrize("task", ["asr", "vsr"])
 def test_avsr_run_serves_one_modality(tmp_path, projector, task):
     model = small_model(projector=projector).eval()
@@ -657,12 +668,6 @@ def test_avsr_run_serves_one_modality(tmp_path, projector, task):
 
 def write_whisper(folder, **settings):
     """A whole Whisper as the hub has it, decoder included."""
-    from transformers import (
-        WhisperConfig,
-        WhisperFeatureExtractor,
-        WhisperForConditionalGeneration,
-    )
-
     sizes = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32, "init_std": 0.2}
     whisper = WhisperForConditionalGeneration(WhisperConfig(**WHISPER | sizes | settings)).eval()
     whisper.save_pretrained(folder)
@@ -672,8 +677,6 @@ def write_whisper(folder, **settings):
 
 @pytest.mark.parametrize("mels, vocab", [(80, 51864), (80, 51865), (128, 51866)])  # .en, the others, large-v3
 def test_any_whisper(tmp_path, mels, vocab):
-    from transformers import WhisperFeatureExtractor
-
     whisper = write_whisper(tmp_path, vocab_size=vocab, num_mel_bins=mels)
     encoder, log_mel = load_whisper(tmp_path)
     model = small_model("asr", audio_window="30s")
@@ -683,15 +686,26 @@ def test_any_whisper(tmp_path, mels, vocab):
         batch["audio"][0].numpy(), sampling_rate=16000, return_tensors="pt"
     )
     with torch.no_grad():
-        expected = whisper.model.encoder(mel.input_features).last_hidden_state[:, :50]
+        expected = whisper.model.encoder(mel.input_features).last_hidden_state
+        close(whisper_on_clip(encoder, mel.input_features, torch.ones(1, 1500, dtype=torch.bool)), expected, atol=1e-4)
     assert mel.input_features.shape[1] == mels and not any(p.requires_grad for p in encoder.parameters())
-    close(model.encode_audio(batch, torch.tensor([50])), expected, atol=1e-4)
+    assert not model.train().audio_encoder.training  # as it is frozen
+    close(model.encode_audio(batch, torch.tensor([50])), expected[:, :50], atol=1e-4)
+    whisper.model.encoder.save_pretrained(tmp_path / "alone")
+    shutil.copy(tmp_path / "preprocessor_config.json", tmp_path / "alone")
+    alone, _ = load_whisper(tmp_path / "alone")
+    assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), encoder.parameters(), strict=True))
+
+
+def write_llama(folder, rows, **settings):
+    llm = LlamaForCausalLM(LlamaConfig(**LLM | {"vocab_size": rows} | settings))
+    llm.save_pretrained(folder)
+    return llm
 
 
 def byte_level_tokenizer(folder):
     """As Llama-3 and SmolLM2: byte-level BPE which, asked for special tokens, puts BOS first."""
     from tokenizers import ByteLevelBPETokenizer, processors
-    from transformers import PreTrainedTokenizerFast
 
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(["lay blue at a one now"], 280, special_tokens=["<|begin|>", "<|end|>"])
@@ -712,17 +726,15 @@ TOKENIZERS = {
 }
 
 
-@pytest.mark.parametrize("tokenizer", TOKENIZERS)
-@pytest.mark.parametrize("tied, spare", [(True, 0), (True, 3), (False, 0), (False, 64)])  # spare: rows without a token
+@pytest.mark.parametrize("tokenizer, tied, spare", [  # spare: rows without a token
+    *((name, True, 0) for name in TOKENIZERS), ("no pad", True, 3), ("no pad", False, 0), ("byte-level", False, 64),
+])  # fmt: skip
 def test_any_llama(tmp_path, tokenizer, tied, spare):
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
     TOKENIZERS[tokenizer](tmp_path / "llm")
     plain = AutoTokenizer.from_pretrained(tmp_path / "llm")
     rows = len(plain) + spare
-    llm = LlamaForCausalLM(LlamaConfig(**LLM, vocab_size=rows, tie_word_embeddings=tied))
-    llm.save_pretrained(tmp_path / "llm")
     torch.manual_seed(0)
+    llm = write_llama(tmp_path / "llm", rows, tie_word_embeddings=tied)
     model = LlamaSMoP("asr", tmp_path / "llm", WHISPER, audio_window="clip", prompt="at").eval()
     model.save(tmp_path / "run")
     batch = collate(small_batch("asr", texts=("lay blue", "a now", "at")))
@@ -753,12 +765,8 @@ def test_any_llama(tmp_path, tokenizer, tied, spare):
 
 @pytest.mark.parametrize("projector", ["JEJR", "MLP"])
 def test_published_form_of_a_tied_llm(tmp_path, projector):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     write_tokenizer(tmp_path / "llm", WORDS, bos_token="<s>", eos_token="</s>")
-    LlamaForCausalLM(LlamaConfig(**LLM, vocab_size=len(WORDS), tie_word_embeddings=True)).save_pretrained(
-        tmp_path / "llm"
-    )
+    write_llama(tmp_path / "llm", len(WORDS), tie_word_embeddings=True)
     write_whisper(tmp_path / "whisper")
     parts = tmp_path / "llm", tmp_path / "whisper"
     model = LlamaSMoP("asr", *parts, projector=projector, num_experts=3, dim_hidden=20, lora_rank=2).eval()
@@ -782,13 +790,10 @@ def test_published_form_of_a_tied_llm(tmp_path, projector):
 
 
 def test_decoding_is_ours_whatever_the_checkpoint_prefers(tmp_path):
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
-
     write_tokenizer(tmp_path, WORDS, bos_token="<s>", eos_token="</s>")
     torch.manual_seed(3)
-    llm = LlamaForCausalLM(LlamaConfig(**LLM, vocab_size=len(WORDS)))
-    llm.generation_config = GenerationConfig(do_sample=True, top_k=3, repetition_penalty=9.0, no_repeat_ngram_size=1)
-    llm.save_pretrained(tmp_path)
+    write_llama(tmp_path, len(WORDS))
+    GenerationConfig(do_sample=True, top_k=3, repetition_penalty=9.0, no_repeat_ngram_size=1).save_pretrained(tmp_path)
     model = LlamaSMoP("asr", tmp_path, WHISPER, audio_window="clip").eval()
     batch = collate(small_batch("asr", seconds=[1.0], texts=["lay"]))
     embeddings, ids = model.embed(batch)[0], []
@@ -798,6 +803,8 @@ def test_decoding_is_ours_whatever_the_checkpoint_prefers(tmp_path):
     assert len(set(ids)) < len(ids)  # the penalties would have changed this
     expected = model.tokenizer.decode(ids[: ids.index(2)] if 2 in ids else ids, skip_special_tokens=True)
     assert model.generate(batch, max_new_tokens=8) == [expected]
+    model.tokenizer.eos_token = model.tokenizer.convert_ids_to_tokens(ids[3])
+    assert model.generate_ids(batch, max_new_tokens=8).tolist() == [ids[: ids.index(ids[3]) + 1]]
 
 
 @pytest.mark.parametrize("part", ["llm", "run"])
@@ -820,25 +827,10 @@ def test_folder_that_brings_code_is_refused(tmp_path, part, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
-def test_nothing_unpickles_freely():
-    for path in HERE.glob("*.py"):
-        if path.name != "test_smop.py":
-            text = path.read_text()
-            assert text.count("torch.load(") == len(re.findall(r"torch\.load\([^)]*weights_only=True", text)), path
-            assert not re.search(r"import pickle|allow_pickle|weights_only=False|trust_remote_code=True", text), path
-
-
 def test_clear_errors_of_the_model(tmp_path):
     model = small_model("asr")
     with pytest.raises(ValueError, match="long: longer than Whisper's 30 s"):
-        model(
-            {
-                "ids": ["long"],
-                "texts": ["lay"],
-                "audio": torch.zeros(1, 480640),
-                "audio_lengths": torch.tensor([480640]),
-            }
-        )
+        model(collate([{"id": "long", "text": "lay", "audio": torch.zeros(480640)}]))
     model = small_model("vsr")
     with pytest.raises(ValueError, match="0: too short for video pooling by 2"):
         model(collate(small_batch("vsr", seconds=[0.04], texts=["lay"])))
@@ -851,35 +843,33 @@ def test_clear_errors_of_the_model(tmp_path):
         LlamaSMoP.load(tmp_path / "run", num_experts=3)
 
 
-def test_frozen_matrices_in_bf16_cost_no_more_than_autocast():
-    clips, load = load_corpus("synthetic", "test")
-    torch.manual_seed(0)
-    model = LlamaSMoP(
-        "avsr", LLM, WHISPER, AVHUBERT, train_tokenizer([clip.text for clip in clips]), audio_window="clip"
-    )
+def test_lora_is_on_queries_and_values():
+    llm = add_lora(LlamaForCausalLM(LlamaConfig(**LLM | {"hidden_size": 64, "vocab_size": 8})))
+    x = torch.randn(3, 64)
+    for layer in (llm.model.layers[0].self_attn.q_proj, llm.model.layers[0].self_attn.v_proj):
+        a, b = layer.lora_A["default"].weight, nn.init.normal_(layer.lora_B["default"].weight)
+        assert a.shape == (2, 64)  # a 32nd of the width
+        close(layer(x), layer.base_layer(x) + 0.125 * x @ a.T @ b.T)
+    trained = [name for name, p in llm.named_parameters() if p.requires_grad]
+    assert len(trained) == 4 and all("lora_" in name for name in trained)
+
+
+def test_place_and_bf16():
+    """On a GPU, frozen matrices and the arithmetic are in bf16; here, on a CPU, by hand."""
+    model, batch = small_model().place("cpu"), collate(small_batch())
+    exact = model(batch).total
     for part in (model.audio_encoder, model.video_encoder, model.llm):
         part.requires_grad_(False)
     model.llm = add_lora(model.llm)
-    items = [ClipDataset(clips, load, "avsr")[i] for i in range(10)]
-    batches = [collate(items[i : i + 2]) for i in range(0, 10, 2)]
-    gradients = []  # of each batch
-    for autocast, half in ((False, False), (True, False), (True, True)):
-        if half:
-            model.halve_frozen()
-        gradients.append([])
-        for batch in batches:
-            model.train().zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                model(batch).total.backward()
-            gradients[-1].append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            assert len(model.eval().generate_ids(batch, 2, max_new_tokens=4)) == 2
-    assert (
-        model.llm.lm_head.weight.dtype == torch.bfloat16
-        and model.projector.smops["audio"].gate.weight.dtype == torch.float32
-    )
-    ratios = [(half - exact).norm() / (autocast - exact).norm() for exact, autocast, half in zip(*gradients)]
-    assert 0 < torch.stack(ratios).median() < 1.5  # a single batch has 0.6 to 2.7
+    model.bf16 = True
+    model.halve_frozen()
+    losses = model(batch)
+    losses.total.backward()
+    close(losses.total, exact, rtol=0.05)
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    assert dtypes == {torch.float32} and model.llm.lm_head.weight.dtype == torch.bfloat16
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert model.eval().generate_ids(batch, 2, max_new_tokens=4).shape[0] == 3
 
 
 # --- data.py -----------------------------------------------------------------------------------------------------
@@ -913,13 +903,19 @@ def test_noise_has_the_stated_level_and_repeats(snr):
 
 def test_augmentation_depends_on_the_epoch_alone():
     clips, load = load_corpus("synthetic", "train")
+    noise = np.random.default_rng(0).standard_normal(9000).astype(np.float32)
     draw = lambda epoch: [setattr(dataset, "epoch", epoch), dataset[3]][1]  # noqa: E731
-    dataset = ClipDataset(clips, load, "avsr", train=True, noise=np.ones(10, np.float32), clean_epochs=1)
+    dataset = ClipDataset(clips, load, "avsr", train=True, noise=noise, clean_epochs=1)
     first, again, other = draw(1), draw(1), draw(2)
     for kind in ("audio", "video"):
         assert torch.equal(first[kind], again[kind]) and not torch.equal(first[kind], other[kind])
     plain = ClipDataset(clips, load, "avsr")[3]
     assert torch.equal(draw(0)["audio"], plain["audio"]) and not torch.equal(draw(0)["video"], plain["video"])
+    square = np.random.default_rng(0).integers(0, 256, (2, 88, 88), np.uint8)
+    mirrored = data.transform_video(square).flip(-1)
+    assert 0 < sum(data.transform_video(square, random.Random(i)).equal(mirrored) for i in range(20)) < 20
+    masked = data.mask_spans(np.ones(48000), 16000, random.Random(0))
+    assert 0 < (masked == 0).sum() <= 3 * 6400 and set(masked) == {0, 1}  # three spans of up to 0.4 s
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -1068,10 +1064,12 @@ def test_manifests(tmp_path):
         ("../a,a.mp4,25,text", "lead out of the folder"),
         ("a,a.mp4,25,one\na,b.mp4,25,two", "m.csv:3: the id 'a' stands for several"),
         ("", "no clips"),
+        ("a,a,\xb2,t", "m.csv: not a CSV file in UTF-8"),  # written in Latin-1
+        ('a,a,"1', "m.csv:2: expected"),
     ],
 )
 def test_bad_manifests_are_refused(tmp_path, line, message):
-    (tmp_path / "m.csv").write_text(f"id,path,frames,text\n{line}\n")
+    (tmp_path / "m.csv").write_text(f"id,path,frames,text\n{line}\n", encoding="latin-1")
     with pytest.raises(ValueError, match=message):
         read_manifest(tmp_path / "m.csv")
 
@@ -1102,16 +1100,6 @@ def test_bad_files_are_refused(tmp_path):
         file.setnchannels(1), file.setsampwidth(2), file.setframerate(8000)
         file.writeframes(np.zeros(8000, "<i2").tobytes())
     assert not load(good, "audio").any()
-
-
-def test_nan_audio_is_refused(tmp_path):
-    with av.open(str(tmp_path / "nan.wav"), "w") as container:
-        stream = container.add_stream("pcm_f32le", rate=16000, layout="mono")
-        frame = av.AudioFrame.from_ndarray(np.full((1, 1600), np.nan, np.float32), "flt", "mono")
-        frame.sample_rate = 16000
-        container.mux(stream.encode(frame))
-    with pytest.raises(ValueError, match="nan.wav: NaN"):
-        data.load_audio(tmp_path / "nan.wav")
 
 
 # --- bench.py ----------------------------------------------------------------------------------------------------
@@ -1259,15 +1247,6 @@ def test_variable_frame_rate_is_read_by_time(tmp_path):
     assert 25 <= len(levels) <= 28 and np.abs(levels - (20 + 4 * np.array(shown))).max() < 12
 
 
-@pytest.mark.parametrize(
-    "content", [b"\xff\xfe\x00", b'id,path,frames,text\na,a,"1', b"id,path,frames,text\na,a,\xb2,t"]
-)
-def test_manifests_that_are_no_text_are_refused(tmp_path, content):
-    (tmp_path / "m.csv").write_bytes(content)
-    with pytest.raises(ValueError, match="m.csv"):
-        read_manifest(tmp_path / "m.csv")
-
-
 # --- prepare.py --------------------------------------------------------------------------------------------------
 
 
@@ -1349,6 +1328,7 @@ def test_long_clips_are_cut_at_pauses():
 def test_long_clip_is_its_pieces(tmp_path, monkeypatch):
     """A silent piece is empty; the others are what they are alone, sound and lips cut at the same places."""
     monkeypatch.setattr(transcribe, "find_mouths", data.load_video)
+    monkeypatch.setattr(transcribe, "load_audio", lambda path: data.load_audio(path.with_suffix(".wav")))
     model = small_model().eval()
     generate = model.generate
     model.generate = lambda batch, num_beams: generate(batch, num_beams, max_new_tokens=6)
@@ -1384,6 +1364,16 @@ def run(*command, ok=True):
     done = subprocess.run(command, cwd=HERE, env=ENV, text=True, capture_output=True, timeout=LIMIT)
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def wait_until(condition, process):
+    """Until the condition holds, while the process lives; it is killed where that takes too long."""
+    begin = time.time()
+    while not condition():
+        if process.poll() is not None or time.time() - begin > LIMIT:
+            process.kill()
+            pytest.fail(f"the process ended with {process.wait()} before it was to be disturbed")
+        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -1430,26 +1420,68 @@ def test_numbers_gone_bad_stop_the_run(corpus, tmp_path, monkeypatch, capsys):
         assert torch.load(tmp_path / name / "checkpoint.pt")["step"] == 5
 
 
-def test_accumulated_batches_are_one_step(corpus, tmp_path, monkeypatch):
-    """A step has the mean of its batches' losses and gradients; the last one of an epoch may have fewer."""
-    honest, seen = LlamaSMoP.forward, []
+def test_a_run_is_the_plain_loop_written_out(corpus, tmp_path, monkeypatch):
+    """AdamW on the mean gradient of a step's batches, clipped, at the scheduled rate; noise and masks in the second epoch.
+    The last step of an epoch has fewer batches."""
+    honest, add_noise, seen, heard, noisy = LlamaSMoP.forward, data.add_noise, [], {}, []
+    flat = lambda tensors: torch.cat([x.detach().flatten() for x in tensors])  # noqa: E731
 
     def forward(model, batch, group=None):
         losses = honest(model, batch, group)
         if model.training:
             trained = [p for p in model.parameters() if p.requires_grad]
             gradients = torch.autograd.grad(losses.total, trained, retain_graph=True, materialize_grads=True)
-            seen.append(torch.cat([losses.lm.detach().view(1), *(g.flatten() for g in gradients)]))
+            seen.append((flat(trained), losses.lm.detach(), flat(gradients)))
+            for name, audio in zip(batch["ids"], batch["audio"]):
+                heard.setdefault(name, []).append(audio.square().mean())
         return losses
 
     monkeypatch.setattr(LlamaSMoP, "forward", forward)
+    monkeypatch.setattr(data, "add_noise", lambda *args: noisy.append(args) or add_noise(*args))
     train_here(tmp_path, "--data", corpus, "--max-frames", 100, "--accumulate", 3, "--epochs", 2)
-    logged = [(line["lm"], line["grad_norm"]) for line in metrics(tmp_path) if "lm" in line]
+    assert noisy and all(len(energies) == 2 for energies in heard.values())
+    assert any(a != b for a, b in heard.values())
     batches = len(seen) // 2
-    assert batches % 3  # an epoch's last step has fewer
+    assert batches % 3
     steps = [epoch[i : i + 3] for epoch in (seen[:batches], seen[batches:]) for i in range(0, batches, 3)]
-    means = [torch.stack(step).mean(0) for step in steps]
-    close(torch.tensor(logged), torch.stack([torch.stack([m[0], m[1:].norm()]) for m in means]))
+    start, _, _ = seen[0]
+    weights = nn.Parameter(start.clone())
+    optimizer = torch.optim.AdamW([weights], betas=(0.9, 0.98), weight_decay=0.1)
+    logged = [line for line in metrics(tmp_path) if "lm" in line]
+    for i, (step, line) in enumerate(zip(steps, logged, strict=True)):
+        gradient = torch.stack([gradients for _, _, gradients in step]).mean(0)
+        close(torch.stack([lm for _, lm, _ in step]).mean(), line["lm"], rtol=1e-3)
+        close(gradient.norm(), line["grad_norm"], rtol=1e-3)
+        weights.grad = gradient / max(gradient.norm(), 1)
+        optimizer.param_groups[0]["lr"] = 4e-4 * train.learning_rate(i, len(steps), 0.05)
+        optimizer.step()
+    monkeypatch.undo()
+    model = LlamaSMoP.load(tmp_path)
+    end = flat(p for p in model.parameters() if p.requires_grad)
+    assert (weights - end).norm() < 0.01 * (end - start).norm()
+    args, _ = train.parse_args(["--resume", str(tmp_path)])
+    expected = train.valid_loss(model, *load_corpus(corpus, "valid"), args, torch.device("cpu"))
+    assert metrics(tmp_path)[-1]["valid_lm"] == pytest.approx(expected)
+    with pytest.raises(SystemExit, match="holds a run; continue it with --resume"):
+        train_here(tmp_path, "--data", corpus)
+
+
+def test_learning_rate_rises_then_falls_as_a_cosine():
+    rates = [train.learning_rate(step, 20, 0.1) for step in range(20)]
+    close(rates[:3] + rates[11:12] + rates[-1:], [0.5, 1.0, 1.0, 0.5, 0.5 * (1 + math.cos(math.pi * 17 / 18))])
+
+
+def test_arguments_reach_the_model():
+    values = {"num_experts": 3, "top_k": 1, "dim_hidden": 7, "audio_pool": 5, "video_pool": 3, "lora_rank": 2,
+              "lora_scale": 0.5, "prompt": "a", "load_balancing_weight": 0.02, "router_z_weight": 0.003}  # fmt: skip
+    parts = dict(zip(("llm", "audio_encoder", "video_encoder"), map(json.dumps, (LLM, WHISPER, AVHUBERT))))
+    config = train.build_model(train.Args(**parts, **values, projector="jejr"), ["a b"]).config
+    assert values.items() <= config.items() and config["projector"] == "JEJR"
+
+
+def test_babble_is_made_of_the_train_split(corpus, monkeypatch):
+    monkeypatch.setattr(eval_module, "make_babble", lambda clips, load: [clip.id for clip in clips])
+    assert eval_module.load_noise(None, corpus) == [clip.id for clip in load_corpus(corpus, "train")[0]]
 
 
 def test_a_bad_clip_ends_the_run_by_name(corpus, tmp_path):
@@ -1462,8 +1494,9 @@ def test_a_bad_clip_ends_the_run_by_name(corpus, tmp_path):
 
 
 def test_collapsed_router_is_warned_about(corpus, tmp_path, monkeypatch, capsys):
-    train_here(tmp_path / "mlp", "--data", corpus, "--epochs", 1, "--projector", "mlp")
+    train_here(tmp_path / "mlp", "--data", corpus, "--epochs", 1, "--projector", "mlp", "--task", "vsr")
     assert "collapsed" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "mlp" / "results.json").read_text())["wer"].keys() == {"clean"}
     route = SMoP.route
     everything_to_two = lambda *args: route(*args)._replace(
         experts=torch.tensor([1, 2]).expand_as(route(*args).experts)
@@ -1475,27 +1508,13 @@ def test_collapsed_router_is_warned_about(corpus, tmp_path, monkeypatch, capsys)
 
 def test_killed_run_resumes_bit_by_bit(corpus, tmp_path):
     """A run killed in the middle of an epoch and resumed equals an unbroken one; the WER of its folder repeats."""
-    common = (
-        "train.py",
-        "--data",
-        corpus,
-        *TINY,
-        "--save-every",
-        1,
-        "--average",
-        2,
-        "--epochs",
-        8,
-        "--eval-snr",
-        "clean 0",
-    )
+    common = ("train.py", "--data", corpus, *TINY, "--save-every", 1, "--average", 2, "--epochs", 8,
+              "--eval-snr", "clean 0")  # fmt: skip
     run(*common, "--out", tmp_path / "whole")
     common = map(str, (*common, "--workers", 2, "--out", tmp_path / "broken"))  # they change nothing
     process = subprocess.Popen([sys.executable, *common], cwd=HERE, env=ENV)
     log = tmp_path / "broken" / "metrics.jsonl"
-    while not log.exists() or len(log.read_text().splitlines()) < 8:
-        assert process.poll() is None
-        time.sleep(0.005)
+    wait_until(lambda: log.exists() and len(log.read_text().splitlines()) >= 8, process)
     with pytest.raises(ValueError, match="broken: another process is training this run"):
         train.hold(tmp_path / "broken")
     process.kill()
@@ -1508,9 +1527,7 @@ def test_killed_run_resumes_bit_by_bit(corpus, tmp_path):
             [sys.executable, *map(str, resume)],
             cwd=HERE, env=ENV, stderr=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
-        while len(log.read_text().splitlines()) < lines + 3:
-            assert process.poll() is None
-            time.sleep(0.005)
+        wait_until(lambda: len(log.read_text().splitlines()) >= lines + 3, process)
         os.killpg(process.pid, number)
         printed = process.communicate(timeout=LIMIT)[1]
         assert f"interrupted; continue with: python train.py --resume {tmp_path / 'broken'}\n" in printed, printed
@@ -1526,6 +1543,14 @@ def test_killed_run_resumes_bit_by_bit(corpus, tmp_path):
     assert sum(results["routing"]["audio"]["usage"]) == pytest.approx(2, abs=1e-3)
     lines = [json.loads(line) for line in open(tmp_path / "whole" / "hypotheses.jsonl")]
     assert len(lines) == 8 and lines[0].keys() == {"snr", "id", "reference", "hypothesis"}
+    assert [line["hypothesis"] for line in lines[:4]] != [line["hypothesis"] for line in lines[4:]]  # noise is heard
+    weights, *last = (
+        load_file(path)
+        for path in [tmp_path / "whole" / "model.safetensors", *sorted((tmp_path / "whole").glob("epoch-*"))]
+    )
+    assert len(last) == 2 and all(
+        torch.allclose(x, (last[0][k] + last[1][k]) / 2) for k, x in weights.items() if x.is_floating_point()
+    )
     printed = (tmp_path / "whole" / "results.json").read_text(), (tmp_path / "whole" / "hypotheses.jsonl").read_text()
     run("eval.py", tmp_path / "whole", "--snr", "clean", "0", "--device", "cpu")
     assert json.loads((tmp_path / "whole" / "results.json").read_text()) == json.loads(printed[0])
@@ -1583,7 +1608,7 @@ def test_twenty_kills_cost_nothing(corpus, tmp_path):
     run(*common, "--out", whole)
     rng = random.Random(0)
     command = (*common, "--out", broken)
-    for when in rng.sample(["parameters are trained"] * 12 + ["a write"] * 4, 16) + ["evaluating"] * 4:
+    for when in rng.sample(["parameters trained"] * 12 + ["a write"] * 4, 16) + ["evaluating"] * 4:
         if when == "a write":
             done = subprocess.run([sys.executable, "-c", DIE_WRITING, *map(str, command[1:])], cwd=HERE, env=ENV)
             assert done.returncode == -signal.SIGKILL and (broken / "checkpoint.pt.partial").exists()
@@ -1592,9 +1617,7 @@ def test_twenty_kills_cost_nothing(corpus, tmp_path):
                 process = subprocess.Popen(
                     [sys.executable, "-u", *map(str, command)], cwd=HERE, env=ENV, stdout=printed
                 )
-            while when not in (tmp_path / "printed").read_text():
-                assert process.poll() is None
-                time.sleep(0.005)
+            wait_until(lambda: when in (tmp_path / "printed").read_text(), process)
             time.sleep(rng.uniform(0, 0.3))
             assert process.poll() is None
             process.kill()
@@ -1626,17 +1649,18 @@ def test_full_disk_keeps_the_previous_file(tmp_path):
 
 
 def test_two_processes_train_resume_and_evaluate(corpus, tmp_path):
-    port = iter(range(29500 + os.getpid() % 1000, 40000))
-    torchrun = lambda n: ("-m", "torch.distributed.run", "--nproc_per_node", n, "--master_port", next(port))  # noqa: E731
+    torchrun = lambda n: ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", n)  # noqa: E731
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     dropout = json.dumps(AVHUBERT | {"dropout": 0.2})  # LayerDrop, too: each process draws its own
     command = (*torchrun(2), "train.py", "--data", corpus, *TINY, "--video-encoder", dropout, "--epochs", 4, "--average", 2,
                "--max-frames", 100, "--save-every", 1, "--eval-snr", "clean 0", "--out", whole)  # fmt: skip
     process = subprocess.Popen([sys.executable, *map(str, command)], cwd=HERE, env=ENV)
-    while not (whole / "checkpoint.pt").exists() or len(metrics(whole)) < 3:
-        assert process.poll() is None
-        time.sleep(0.005)
-    shutil.copytree(whole, broken, ignore=lambda *_: ["checkpoint.pt.partial"])  # as a killed run leaves it
+    wait_until(lambda: (whole / "checkpoint.pt").exists() and len(metrics(whole)) >= 3, process)
+    broken.mkdir()  # as a killed run leaves it: the log is never behind the checkpoint
+    for name in ("args.json", "checkpoint.pt", "metrics.jsonl"):
+        shutil.copy(whole / name, broken)
+    for path in whole.glob("epoch-*.safetensors"):
+        shutil.copy(path, broken)
     assert process.wait(LIMIT) == 0
     run(*torchrun(2), "train.py", "--resume", broken)
     assert_same_run(whole, broken)
@@ -1657,16 +1681,11 @@ def test_two_processes_train_resume_and_evaluate(corpus, tmp_path):
     "command, message",
     [
         (("train.py", "--data", "nowhere"), "nowhere/train.csv: no such manifest"),
-        (("train.py", "--task", "tts"), "asr, vsr, avsr"),
         (("train.py", "--epoch", "3"), "--epoch"),
-        (("train.py", "--epochs", "many"), "invalid int value"),
-        (("train.py", "--top-k", "5"), "--top-k 5 is more than --num-experts 4"),
         (("train.py", "--resume", "nowhere"), "nowhere: no args.json"),
-        (("train.py", "--eval-snr", ""), "--eval-snr is empty"),
         (("eval.py", "nowhere"), "nowhere: no config.json"),
         (("prepare.py", "nowhere", "out"), "nowhere"),
         (("transcribe.py", "nowhere", "talk.mp4"), "nowhere: no config.json"),
-        (("transcribe.py", "nowhere", "talk.mp4", "--device", "gpu"), "--device must be cpu, or cuda"),
     ],
 )
 def test_wrong_commands_say_what_is_wrong(command, message, tmp_path):
@@ -1726,23 +1745,16 @@ def test_transcribe_finds_the_mouth(tmp_path):
     assert f"{talk}\t" in run("transcribe.py", tmp_path / "run", talk, "--device", "cpu")
 
 
-NUMBERS = [field for field in dataclasses.fields(train.Args) if "str" not in str(field.type)]
-
-
-@pytest.mark.parametrize("field", NUMBERS, ids=lambda field: field.name)
-def test_numbers_out_of_range_are_refused(field):
-    least, most, real = field.metadata["least"], field.metadata["most"], "float" in str(field.type)
-    for value in [-1, 10**19, *([0] if least > 0 else []), *([math.nan, math.inf] if real else [])]:
-        with pytest.raises(ValueError) as error:
-            train.Args(**{field.name: value})
-        assert str(error.value) == f"--{train.flag(field.name)} must be between {least} and {most}, got {value}"
-
-
 @pytest.mark.parametrize(
     "setting, message",
     [
         (("--audio-pool", 300), "train-0000: too short for audio pooling by 300; train-0001"),
         (("--average", 3, "--epochs", 2), "--average 3 is more than --epochs 2"),
+        (("--epochs", 0), "--epochs must be between 1 and 10000, got 0"),
+        (("--lr", "nan"), "--lr must be between 1e-09 and 1, got nan"),
+        (("--task", "tts"), "--task must be one of asr, vsr, avsr, got 'tts'"),
+        (("--top-k", 5), "--top-k 5 is more than --num-experts 4"),
+        (("--eval-snr", ""), "--eval-snr is empty"),
         (("--eval-snr", "loud"), "an SNR is clean or a number of dB between -100 and 100, got 'loud'"),
         (("--device", "cpux"), "--device must be cpu, or cuda"),
         (("--audio-encoder", "no/where/here"), "no/where/here: neither a folder of transformers nor found on its hub"),
@@ -1788,20 +1800,15 @@ def test_clips_that_do_not_fit_the_model_are_all_named():
         model.check(clips[3:])
 
 
-@needs_golden
-def test_vocabularies_that_do_not_fit_are_refused(published, tmp_path):
-    model = published[0]
-    llm = model.config["llm"]
-    shutil.copytree(llm, tmp_path / "llm")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(llm)
-    tokenizer.add_tokens(["more", "words"])
-    tokenizer.save_pretrained(tmp_path / "llm")
-    with pytest.raises(ValueError, match="llm: it knows 64 tokens, but its tokenizer .* has 66"):
+def test_vocabularies_that_do_not_fit_are_refused(tmp_path):
+    write_tokenizer(tmp_path / "llm", WORDS, eos_token="</s>")
+    write_llama(tmp_path / "llm", len(WORDS) - 2)
+    with pytest.raises(ValueError, match="llm: it knows 6 tokens, but its tokenizer .* has 8"):
         LlamaSMoP("asr", tmp_path / "llm", WHISPER)
 
 
 def test_wer_is_over_all_words_whatever_their_case():
-    assert word_error_rate(["BIN BLUE AT", "now"], ["bin red at", ""])[0] == 50.0
+    assert word_error_rate(["BIN BLUE AT", "now", "go"], ["bin red at", "", "go on then"])[0] == 80.0
 
 
 def test_model_of_unknown_training_is_evaluated(corpus, tmp_path):

@@ -103,26 +103,26 @@ class Args:
     load_balancing_weight: float = arg(0.01, "of the load-balancing loss", 0, 100)
     router_z_weight: float = arg(0.001, "of the router z-loss", 0, 100)
     # optimisation
-    epochs: int | None = arg(None, "passes over the train split (default: 6, with a pretrained LLM 10)", 1, 10_000)
+    epochs: int | None = arg(None, "passes over the train split (default: 6; 10 with a pretrained LLM)", 1, 10_000)
     lr: float | None = arg(
-        None, "peak learning rate (default: 4e-4, with a pretrained LLM 1e-3, and then 5e-4 for vsr)", 1e-9, 1
+        None, "peak learning rate (default: 4e-4; 1e-3 with a pretrained LLM, 5e-4 for its vsr)", 1e-9, 1
     )
     warmup: float = arg(0.05, "share of the steps with a rising learning rate; a cosine follows", 0, 1)
     weight_decay: float = arg(0.1, "of AdamW", 0, 10)
     clip_grad: float = arg(1.0, "largest norm of the gradient", 1e-6, 1e6)
     max_frames: int | None = arg(
-        None, "video frames per batch and process, with padding (default: 320, with a pretrained LLM 1500)", 1, 10**6
+        None, "video frames per batch and process, with padding (default: 320; 1500 with a pretrained LLM)", 1, 10**6
     )
-    accumulate: int = arg(1, "batches a step, of which each counts the same", 1, 10_000)
+    accumulate: int = arg(1, "batches per step, weighted equally", 1, 10_000)
     clean_epochs: int | None = arg(
-        None, "epochs at the start without noise and masks (default: 3, with a pretrained LLM 0)", 0, 10_000
+        None, "epochs at the start without noise and masks (default: 3; 0 with a pretrained LLM)", 0, 10_000
     )
     noise: str | None = arg(None, "audio file of noise (default: babble made of the train split)")
     seed: int = arg(0, "of the weights, the order and the augmentation", 0, 2**63 - 1)
     # running
-    workers: int = arg(2, "processes that load data", 0, 256)
+    workers: int = arg(2, "data-loading processes", 0, 256)
     save_every: int = arg(0, "steps between checkpoints within an epoch (0: after epochs only)", 0, 10**9)
-    average: int = arg(1, "epochs at the end whose weights are averaged for evaluation", 1, 10_000)
+    average: int = arg(1, "how many of the last epochs' weights are averaged for evaluation", 1, 10_000)
     eval_snr: str = arg(
         "clean 5 0 -5", "SNRs (dB) of the final evaluation, in quotes; a task without audio knows only clean"
     )
@@ -307,9 +307,10 @@ def train(args, resume):
         batches_in.append(len(batches))
     steps = sum(math.ceil(n / args.accumulate) for n in batches_in)
     if rank == 0:
-        count = sum(p.numel() for p in parameters)
-        total = sum(p.numel() for p in model.parameters())
-        print(f"{len(clips)} clips, {steps} steps; {count / 1e6:.2f} M of {total / 1e6:.2f} M parameters are trained")
+        print(f"{len(clips)} clips, {steps} steps; parameters trained, in millions:")
+        for name, part in model.named_children():
+            trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
+            print(f"  {name}: {trained / 1e6:.2f} of {sum(p.numel() for p in part.parameters()) / 1e6:.2f}")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     loads = {}  # {router: the weight that each of its experts has had in this epoch and process (E,)}
@@ -341,8 +342,7 @@ def train(args, resume):
                 wrapped.require_backward_grad_sync = update
             # Dropout, too, does not depend on what was before: a resumed run draws the same.
             torch.manual_seed(random.Random(f"{args.seed} {epoch} {done} {rank}").getrandbits(63))
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                losses = wrapped(batch, dist.group.WORLD)  # None of a single process
+            losses = wrapped(batch, dist.group.WORLD)  # None of a single process
             (losses.total / in_step).backward()
             values = losses._asdict() | {"stop": stopping()}
             if update:
@@ -380,11 +380,13 @@ def train(args, resume):
                 if not last and (stop or args.save_every and step % args.save_every == 0):
                     save_checkpoint()
             if stop and not last:
+                if world > 1:  # until the checkpoint is written: torchrun ends all when one ends
+                    dist.barrier()
                 raise KeyboardInterrupt
         done = 0
         top_k = model.config["top_k"]
         for shares in [sums / sums.sum() for sums in loads.values() if len(sums) > top_k]:
-            if shares.topk(top_k).values.sum() > COLLAPSE_SHARE:
+            if rank == 0 and shares.topk(top_k).values.sum() > COLLAPSE_SHARE:
                 tqdm.write(
                     f"warning: a router has collapsed, in epoch {epoch} its experts had {shares.tolist()} of its weight; "
                     "raise --load-balancing-weight or lower --lr"
@@ -420,7 +422,7 @@ def train(args, resume):
     if rank == 0:
         report(about | results, hypotheses, out)
     if world > 1:
-        # Before the group: as its last owner, it would wait for gloo's threads while it holds the GIL that they need.
+        # First the wrapper: as the group's last owner, it would wait for gloo's threads and hold the GIL they need.
         del wrapped
         dist.destroy_process_group()
 
@@ -439,9 +441,8 @@ def valid_loss(model, clips, load, args, device):
     batches = own_batches(clips, args.max_frames)
     loader = make_loader(ClipDataset(clips, load, args.task), batches, args.workers)
     total = torch.zeros((), dtype=torch.double, device=device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        for batch in loader:
-            total += model(batch).lm * len(batch["ids"])
+    for batch in loader:
+        total += model(batch).lm * len(batch["ids"])
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.item() / len(clips)

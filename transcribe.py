@@ -91,7 +91,6 @@ def transcribe(model, path, num_beams=1, longest=MAX_SECONDS):
     clip = read_clip(path, model.kinds)
     frames = len(clip["video"]) if "video" in clip else len(clip["audio"]) // SAMPLES_PER_FRAME
     cuts = find_cuts(frames, clip.get("audio"), longest * FPS)
-    device = next(model.parameters()).device
     segments = []
     for start, end in zip(cuts, tqdm(cuts[1:], desc=Path(path).name, unit="piece", leave=False, disable=None)):
         item, text = {"id": str(path), "text": ""}, ""
@@ -101,8 +100,7 @@ def transcribe(model, path, num_beams=1, longest=MAX_SECONDS):
         if "video" in clip:
             item["video"] = transform_video(clip["video"][start:end]).transpose(0, 1)
         if "audio" not in clip or not is_silent(audio):  # of silence, normalising would make noise
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                (text,) = model.generate(collate([item]), num_beams)
+            (text,) = model.generate(collate([item]), num_beams)
         segments.append({"start": start / FPS, "end": end / FPS, "text": text})
     return segments
 
