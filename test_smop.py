@@ -911,6 +911,8 @@ def test_augmentation_depends_on_the_epoch_alone():
         assert torch.equal(first[kind], again[kind]) and not torch.equal(first[kind], other[kind])
     plain = ClipDataset(clips, load, "avsr")[3]
     assert torch.equal(draw(0)["audio"], plain["audio"]) and not torch.equal(draw(0)["video"], plain["video"])
+    dataset.noise = None  # masks alone
+    assert not torch.equal(draw(1)["audio"], plain["audio"])
     square = np.random.default_rng(0).integers(0, 256, (2, 88, 88), np.uint8)
     mirrored = data.transform_video(square).flip(-1)
     assert 0 < sum(data.transform_video(square, random.Random(i)).equal(mirrored) for i in range(20)) < 20
@@ -1458,7 +1460,7 @@ def test_a_run_is_the_plain_loop_written_out(corpus, tmp_path, monkeypatch):
     monkeypatch.undo()
     model = LlamaSMoP.load(tmp_path)
     end = flat(p for p in model.parameters() if p.requires_grad)
-    assert (weights - end).norm() < 0.01 * (end - start).norm()
+    assert (weights - end).norm() < 0.0015 * (end - start).norm()
     args, _ = train.parse_args(["--resume", str(tmp_path)])
     expected = train.valid_loss(model, *load_corpus(corpus, "valid"), args, torch.device("cpu"))
     assert metrics(tmp_path)[-1]["valid_lm"] == pytest.approx(expected)
