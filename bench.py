@@ -295,9 +295,8 @@ def bench_decoding(device, dtype, length=16):
     for name, llm in (("small", SMALL_LLM), ("SmolLM2-135M", SMOLLM2)):
         torch.manual_seed(0)
         tokenizer = train_tokenizer([clip.text for clip in clips])
-        model = (
-            LlamaSMoP("avsr", llm, SMALL_WHISPER, SMALL_AVHUBERT, tokenizer, audio_window="clip").place(device).eval()
-        )
+        model = LlamaSMoP("avsr", llm, SMALL_WHISPER, SMALL_AVHUBERT, tokenizer, audio_window="clip")
+        model.place(device).eval()
         for beams in (1, 15):
             ids, settings = {}, {"max_new_tokens": length, "min_new_tokens": length}
             ways = {

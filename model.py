@@ -145,13 +145,12 @@ class LlamaSMoP(nn.Module):
         """Losses of a batch of `data.collate`: mean cross entropy over the tokens of all transcripts and their EOS,
         and the routers' two losses. Padding has no part in any of them. With a process_group, they are those of the
         batches of all its processes together (see `smop.mean_of`)."""
+        decoder, head = self.llm.get_decoder(), self.llm.get_output_embeddings()
         with self.autocast():
             embeddings, mask, labels, routing = self.embed(batch, batch["texts"], process_group)
-            hidden = self.llm.get_decoder()(inputs_embeds=embeddings, attention_mask=mask, use_cache=False)[
-                0
-            ]  # (B, L, D)
+            hidden = decoder(inputs_embeds=embeddings, attention_mask=mask, use_cache=False)[0]  # (B, L, D)
             target = labels[:, 1:] != IGNORE  # logits only where a transcript is predicted
-            logits = self.llm.get_output_embeddings()(hidden[indices(target, hidden.device)])  # (tokens, vocabulary)
+            logits = head(hidden[indices(target, hidden.device)])  # (text tokens, vocabulary)
         labels = labels[:, 1:][target].to(logits.device, non_blocking=True)
         lm = F.cross_entropy(logits.float(), labels, reduction="sum")
         lm = mean_of(lm, torch.tensor(len(labels)), process_group)
