@@ -304,9 +304,8 @@ def bench_decoding(device, dtype, length=16):
                 "ours": lambda: ids.update(ours=model.generate_ids(collate(items), beams, **settings)),
             }
             with torch.no_grad(), model.autocast():  # the published way, too
-                times = compare(
-                    ways, device, 5, least=3 if name == "small" else 1
-                )  # the second takes a minute on a CPU
+                least = 3 if name == "small" else 1  # the other takes a minute on a CPU
+                times = compare(ways, device, 5, least)
             rows.append({
                 "LLM": name, "beams": beams, "published (clips/s)": 16 / times["published"], "ours (clips/s)": 16 / times["ours"],
                 "ratio": times["published"] / times["ours"],

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import struct
@@ -827,6 +828,14 @@ def test_folder_that_brings_code_is_refused(tmp_path, part, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
+def test_nothing_unpickles_freely():
+    for path in HERE.glob("*.py"):
+        if path.name != "test_smop.py":
+            text = path.read_text()
+            assert text.count("torch.load(") == len(re.findall(r"torch\.load\([^)]*weights_only=True", text)), path
+            assert not re.search(r"import pickle|allow_pickle|weights_only=False|trust_remote_code=True", text), path
+
+
 def test_clear_errors_of_the_model(tmp_path):
     model = small_model("asr")
     with pytest.raises(ValueError, match="long: longer than Whisper's 30 s"):
@@ -1452,8 +1461,8 @@ def test_a_run_is_the_plain_loop_written_out(corpus, tmp_path, monkeypatch):
     logged = [line for line in metrics(tmp_path) if "lm" in line]
     for i, (step, line) in enumerate(zip(steps, logged, strict=True)):
         gradient = torch.stack([gradients for _, _, gradients in step]).mean(0)
-        close(torch.stack([lm for _, lm, _ in step]).mean(), line["lm"], rtol=1e-3)
-        close(gradient.norm(), line["grad_norm"], rtol=1e-3)
+        close(torch.stack([lm for _, lm, _ in step]).mean(), line["lm"])
+        close(gradient.norm(), line["grad_norm"])
         weights.grad = gradient / max(gradient.norm(), 1)
         optimizer.param_groups[0]["lr"] = 4e-4 * train.learning_rate(i, len(steps), 0.05)
         optimizer.step()
@@ -1546,13 +1555,9 @@ def test_killed_run_resumes_bit_by_bit(corpus, tmp_path):
     lines = [json.loads(line) for line in open(tmp_path / "whole" / "hypotheses.jsonl")]
     assert len(lines) == 8 and lines[0].keys() == {"snr", "id", "reference", "hypothesis"}
     assert [line["hypothesis"] for line in lines[:4]] != [line["hypothesis"] for line in lines[4:]]  # noise is heard
-    weights, *last = (
-        load_file(path)
-        for path in [tmp_path / "whole" / "model.safetensors", *sorted((tmp_path / "whole").glob("epoch-*"))]
-    )
-    assert len(last) == 2 and all(
-        torch.allclose(x, (last[0][k] + last[1][k]) / 2) for k, x in weights.items() if x.is_floating_point()
-    )
+    first, second = map(load_file, (tmp_path / "whole").glob("epoch-*.safetensors"))  # --average 2
+    for name, x in load_file(tmp_path / "whole" / "model.safetensors").items():
+        close(x.double(), (first[name].double() + second[name].double()).div(2).to(x).double())
     printed = (tmp_path / "whole" / "results.json").read_text(), (tmp_path / "whole" / "hypotheses.jsonl").read_text()
     run("eval.py", tmp_path / "whole", "--snr", "clean", "0", "--device", "cpu")
     assert json.loads((tmp_path / "whole" / "results.json").read_text()) == json.loads(printed[0])
@@ -1747,13 +1752,22 @@ def test_transcribe_finds_the_mouth(tmp_path):
     assert f"{talk}\t" in run("transcribe.py", tmp_path / "run", talk, "--device", "cpu")
 
 
+def test_numbers_out_of_range_are_refused():
+    for field in dataclasses.fields(train.Args):
+        if "str" not in str(field.type):
+            least, most = field.metadata["least"], field.metadata["most"]
+            for value in (-1, 10**19, *[0] * (least > 0), *[math.nan, math.inf] * ("float" in str(field.type))):
+                with pytest.raises(ValueError) as error:
+                    train.Args(**{field.name: value})
+                message = f"--{train.flag(field.name)} must be between {least} and {most}, got {value}"
+                assert str(error.value) == message
+
+
 @pytest.mark.parametrize(
     "setting, message",
     [
         (("--audio-pool", 300), "train-0000: too short for audio pooling by 300; train-0001"),
         (("--average", 3, "--epochs", 2), "--average 3 is more than --epochs 2"),
-        (("--epochs", 0), "--epochs must be between 1 and 10000, got 0"),
-        (("--lr", "nan"), "--lr must be between 1e-09 and 1, got nan"),
         (("--task", "tts"), "--task must be one of asr, vsr, avsr, got 'tts'"),
         (("--top-k", 5), "--top-k 5 is more than --num-experts 4"),
         (("--eval-snr", ""), "--eval-snr is empty"),
