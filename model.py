@@ -392,7 +392,7 @@ class LlamaSMoP(nn.Module):
     @classmethod
     def from_published(cls, checkpoint, *parts, **settings):
         """The model of a checkpoint of the authors' code: see `published.load_published`."""
-        from published import load_published  # it needs this class
+        from tools.published import load_published  # it needs this class
 
         return load_published(checkpoint, *parts, **settings)
 

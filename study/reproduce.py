@@ -1,11 +1,11 @@
 """The paper's claims on a corpus of yours: each with its runs, its table, its picture and its verdict.
 
-    python reproduce.py --data synthetic --quick              # six runs, 12 minutes on two cores
-    python reproduce.py --data grid-mouths --audio-encoder whisper-base-encoder --noise babble.wav \\
+    python -m study.reproduce --data synthetic --quick              # six runs, 12 minutes on two cores
+    python -m study.reproduce --data grid-mouths --audio-encoder whisper-base-encoder --noise babble.wav \\
         --align grid/align --llm HuggingFaceTB/SmolLM2-135M-Instruct --jobs 8
-    python reproduce.py --data grid-mouths ... --claims experts --tasks asr    # in ASR, not in AVSR: no video encoder
-    python reproduce.py --data grid-mouths ... --minutes 9    # as far as it gets; the same command goes on from there
-    python reproduce.py --data DIR ... -- --epochs 20 --num-beams 15        # after --: arguments for every train.py
+    python -m study.reproduce --data grid-mouths ... --claims experts --tasks asr    # in ASR, not in AVSR: no video encoder
+    python -m study.reproduce --data grid-mouths ... --minutes 9    # as far as it gets; the same command goes on from there
+    python -m study.reproduce --data DIR ... -- --epochs 20 --num-beams 15        # after --: arguments for every train.py
 
 Trains every cell of the study with every seed as an ordinary run of train.py in RUNS/NAME/CELL-sSEED, its output in
 train.log. A finished run is kept, an interrupted one continues; one trained with other arguments or other code (its
@@ -27,11 +27,11 @@ import sys
 import time
 from pathlib import Path
 
-from claims import CLAIMS, ENCODER, SNRS, read_run, study, write
+from study.claims import CLAIMS, ENCODER, SNRS, read_run, study, write
 from data import TASKS, load_corpus
 from train import SMALL_LLM, parse_args
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 SOURCES = "smop.py model.py data.py avhubert.py train.py synthetic.py".split()  # what decides the weights of a run
 PATHS = "data noise llm audio_encoder video_encoder".split()  # arguments that may be a path
 TINY_LLM = SMALL_LLM | {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "initializer_range": 0.12}
@@ -168,7 +168,7 @@ def main():
     add("--minutes", type=float, default=math.inf, help="then stop training, and write what there is")
     add("--retrain", action="store_true", help="delete runs trained with other arguments or code")
     add("--runs", type=Path, default=Path("runs/study"), help="folder of the runs (default: runs/study)")
-    add("--out", type=Path, default=Path("results"), help="folder of the tables (default: results)")
+    add("--out", type=Path, default=HERE / "study" / "results", help="folder of the tables (default: study/results)")
     add("--name", help="of the tables and of the folder in --runs (default: that of the data, with --quick -quick)")
     args = parser.parse_args(argv, argparse.Namespace(extra=extra))
     args.few = args.quick and not args.claims

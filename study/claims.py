@@ -401,7 +401,7 @@ CLAIMS = list(PICTURES)
 
 HEAD = """# {name}
 
-Written by `reproduce.py`: {finished} of {all} runs, on {device}, code {code}. WER in percent on {clips} test clips, clean
+Written by `study/reproduce.py`: {finished} of {all} runs, on {device}, code {code}. WER in percent on {clips} test clips, clean
 and at an SNR in dB, {beams} beam(s): mean ± standard deviation over seeds. Parameters in millions: trained, of these in
 the projector, of those active for a token. In names, e4 k2 is 4 experts, 2 of them a token. A difference of WER has the
 95 % interval of a paired bootstrap over clips, all seeds together and, where nothing else is said, clean, 0 and −5 dB

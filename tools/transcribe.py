@@ -1,8 +1,8 @@
 """Talking-face clips to text: any container, codec, size, frame rate and sample rate.
 
-    python transcribe.py RUN talk.mp4 more.mkv               # a line a clip: its name, a tab, its text
-    python transcribe.py RUN talk.mp4 --json                 # {"clip", "text", "segments"} or {"clip", "error"}
-    python transcribe.py RUN silent.mp4 --task vsr           # an avsr run, from the lips alone
+    python -m tools.transcribe RUN talk.mp4 more.mkv               # a line a clip: its name, a tab, its text
+    python -m tools.transcribe RUN talk.mp4 --json                 # {"clip", "text", "segments"} or {"clip", "error"}
+    python -m tools.transcribe RUN silent.mp4 --task vsr           # an avsr run, from the lips alone
 
 RUN is a folder written by train.py or LlamaSMoP.save. The largest face is found and followed, and its mouth cut, as
 prepare.py does (dlib: pip install -r requirements-extra.txt); asr needs no face. Where talk.wav lies beside talk.mp4,
@@ -36,7 +36,7 @@ from data import (
 )
 from eval import join_processes
 from model import LlamaSMoP
-from prepare import find_mouths
+from tools.prepare import find_mouths
 
 PAUSE = 5  # frames (0.2 s) whose power is compared: a pause between words, not the closure of a plosive
 SILENCE = 1e-3  # a piece whose samples all stay below (-60 dBFS) is silent

@@ -1,7 +1,7 @@
 """Raw talking-face clips -> mouth regions, audio and a manifest.
 
     pip install -r requirements-extra.txt          # dlib and its landmark model, also for transcribe.py
-    python prepare.py RAW_DIR OUT_DIR
+    python -m tools.prepare RAW_DIR OUT_DIR
 
 Follows AV-HuBERT's preparation (its `align_mouth.py`): dlib's 68 landmarks on every frame, smoothed over 12
 frames, a similarity transform of five stable points onto a mean face, and a 96x96 cut around the mouth.

@@ -1,8 +1,8 @@
 """What it costs: the mixture, more experts, decoding, the paper's sizes, loading.
 
-    python bench.py                                       # 4.5 minutes on two CPU cores; on a GPU where there is one
-    python bench.py --only projector experts --device cpu
-    python bench.py --data GRID_DIR                       # loading speed of prepared clips, too
+    python -m study.bench                                       # 4.5 minutes on two CPU cores; on a GPU where there is one
+    python -m study.bench --only projector experts --device cpu
+    python -m study.bench --data GRID_DIR                       # loading speed of prepared clips, too
 
 What is compared is timed in turns within one run, and the median counts: machines are noisy, ratios are not. Prints
 Markdown tables, writes them as numbers to --out (bench.json), and draws experts.png beside it (with matplotlib).
