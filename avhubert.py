@@ -19,10 +19,16 @@ from torch import nn
 from transformers import HubertConfig
 from transformers.models.hubert.modeling_hubert import HubertEncoder, HubertEncoderStableLayerNorm
 
+from tools.errors import InputError
 
-def indices(mask, device):
-    """Where a mask on the CPU is True, as indices for tensors on a GPU, which `tensor[mask]` would make wait."""
-    return tuple(i.to(device, non_blocking=True) for i in torch.where(mask))
+FPS = 25
+GREY_MEAN, GREY_STD = 0.421, 0.165  # of AV-HuBERT's training data
+
+
+def normalise(frames):
+    """Grey frames of 0 to 255, (B, T, 88, 88) -> what AV-HuBERT takes, (B, 1, T, 88, 88) float32."""
+    x = frames.to(torch.float32, copy=True)  # in place from here on: a batch is large
+    return x.div_(255).sub_(GREY_MEAN).div_(GREY_STD).unsqueeze(1)
 
 
 class BasicBlock(nn.Module):
@@ -65,15 +71,13 @@ class LipResNet(nn.Module):
 
     def forward(self, video, mask):
         """mask (B, T) bool, True = a real frame. Only real frames pass, so padding cannot enter BatchNorm's statistics."""
-        real = indices(mask.cpu(), video.device)
-        mask = mask.to(video.device, non_blocking=True)
         x = self.frontend3D[0](video.masked_fill(~mask[:, None, :, None, None], 0))  # (B, C, T, 44, 44)
-        x = x.transpose(1, 2)[real]  # (N, C, 44, 44)
+        x = x.transpose(1, 2)[mask]  # (N, C, 44, 44)
         x = self.frontend3D[1:](x.transpose(0, 1).unsqueeze(0))  # (1, C, N, 22, 22): frames as one long clip
         x = x.squeeze(0).transpose(0, 1).contiguous(memory_format=torch.channels_last)  # for speed
         x = self.trunk(x).mean((2, 3))  # (N, C)
         features = x.new_zeros(*mask.shape, x.shape[-1])
-        features[real] = x
+        features[mask] = x
         return features  # (B, T, C)
 
 
@@ -83,6 +87,7 @@ class AVHubertEncoder(nn.Module):
     dim, layers, heads, ffn_dim: of the Transformer (Base 768, 12, 12, 3072; Large 1024, 24, 16, 4096).
     layer_norm_first: LayerNorm before each block and once at the end, or after each block and once at the start.
     stem_width, stem_stride, trunk_widths: of the ResNet, which has as many stages as widths; small ones train on a CPU.
+        At least 8 channels: with fewer, oneDNN writes past its memory on CPUs without AVX-512 (oneDNN issue 6035).
     conv_pos, conv_pos_groups: kernel and groups of the positional convolution.
     dropout: of the Transformer's activations and attention, and of its whole layers (LayerDrop).
     Frozen (no parameter requires a gradient) means eval mode, BatchNorm included, whatever `train()` says.
@@ -103,6 +108,8 @@ class AVHubertEncoder(nn.Module):
         dropout=0.0,
     ):
         super().__init__()
+        if min(stem_width, *trunk_widths) < 8:
+            raise InputError(f"stem_width and trunk_widths must be at least 8, got {stem_width} and {trunk_widths}")
         self.dim = dim
         config = HubertConfig(
             hidden_size=dim,
@@ -125,18 +132,17 @@ class AVHubertEncoder(nn.Module):
         self.encoder = (HubertEncoderStableLayerNorm if layer_norm_first else HubertEncoder)(config)
 
     def forward(self, video, mask=None):
-        """video (B, 1, T, 88, 88), normalised; mask (B, T) bool, True = a real frame (on the CPU it saves a GPU a
-        wait). Returns (B, T, dim).
+        """video (B, 1, T, 88, 88), normalised; mask (B, T) bool, True = a real frame. Returns (B, T, dim).
 
         With a mask, a clip's features do not depend on what it is batched with. Rows at padded frames mean nothing.
         """
         if video.ndim != 5 or video.shape[1] != 1:
             raise ValueError(f"video must be (B, 1, T, 88, 88), got {tuple(video.shape)}")
-        real = torch.ones(video.shape[0], video.shape[2], dtype=torch.bool) if mask is None else mask
-        x = self.proj(self.resnet(video, real))  # (B, T, D)
+        if mask is None:
+            mask = torch.ones(video.shape[0], video.shape[2], dtype=torch.bool, device=video.device)
+        x = self.proj(self.resnet(video, mask))  # (B, T, D)
         x = self.layer_norm(F.pad(x, (self.dim, 0)))  # (B, T, 2D): the audio half comes first, and there is none
         x = self.post_extract_proj(x)  # (B, T, D)
-        mask = None if mask is None else mask.to(x.device, non_blocking=True)
         return self.encoder(x, attention_mask=mask).last_hidden_state
 
     def train(self, mode=True):
@@ -158,13 +164,13 @@ class AVHubertEncoder(nn.Module):
                 "conv_pos_groups": cfg["conv_pos_groups"],
             }
             if (cfg["modality_fuse"], cfg["resnet_relu_type"]) != ("concat", "prelu"):
-                raise ValueError(f"{path}: only modality_fuse=concat with resnet_relu_type=prelu is supported")
+                raise InputError(f"{path}: only modality_fuse=concat with resnet_relu_type=prelu is supported")
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not a pretrained AV-HuBERT checkpoint of fairseq (no {error})") from None
+            raise InputError(f"{path}: not a pretrained AV-HuBERT checkpoint of fairseq (no {error})") from None
         encoder = cls(**sizes)
         missing, unexpected = encoder.load_state_dict(ours_from_fairseq(weights), strict=False)
         if missing or unexpected:
-            raise ValueError(f"{path}: missing weights {missing}, unknown weights {unexpected}")
+            raise InputError(f"{path}: missing weights {missing}, unknown weights {unexpected}")
         return encoder.requires_grad_(False).eval()
 
 
@@ -211,19 +217,19 @@ def load_inert(path):
     stand-ins; a file that names anything else is refused, and one that is larger unpacked: torch does not compress.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such checkpoint")
+        raise InputError(f"{path}: no such checkpoint")
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
             unpacked = sum(entry.file_size for entry in file.infolist())
         if unpacked > os.path.getsize(path):
-            raise ValueError(f"{path}: refused, {unpacked} bytes are packed into {os.path.getsize(path)}")
+            raise InputError(f"{path}: refused, {unpacked} bytes are packed into {os.path.getsize(path)}")
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{path}: not a PyTorch checkpoint ({error})") from None
+        raise InputError(f"{path}: not a PyTorch checkpoint ({error})") from None
     refused = [name for name in names if name.partition(".")[0] not in FOREIGN]
     if refused:
-        raise ValueError(f"{path}: refused, since loading it would call {', '.join(refused)}")
+        raise InputError(f"{path}: refused, since loading it would call {', '.join(refused)}")
     stand_ins = [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in names]
     with torch.serialization.safe_globals(stand_ins):
         return torch.load(path, map_location="cpu", weights_only=True)

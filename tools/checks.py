@@ -1,0 +1,49 @@
+"""What a model cannot take of a corpus, said before any clip is read."""
+
+import torch
+
+import whisper_encoder
+from avhubert import FPS
+from model import MAX_NEW_TOKENS
+from tools.errors import InputError
+
+
+def check_clips(model, clips):
+    """An InputError names every clip whose length or transcript this model cannot take; no clip is read."""
+    frames = torch.tensor([clip.frames for clip in clips])
+    samples = frames * (whisper_encoder.SAMPLE_RATE // FPS)
+    lengths = {"audio": whisper_encoder.whisper_frames(samples), "video": frames}
+    counts = {modality: lengths[modality] // model.pools[modality] for modality in model.modalities}
+    texts = [clip.text for clip in clips]
+    tokens = model.count_tokens(texts)
+    most = model.llm.config.max_position_embeddings
+    rest = model.token_ids({modality: torch.tensor([0]) for modality in model.modalities})[0].numel()  # markers, prompt
+    faults = {f"too short for {m} pooling by {model.pools[m]}": counts[m] < 1 for m in model.modalities}
+    faults[f"a transcript of more than {MAX_NEW_TOKENS} tokens"] = tokens > MAX_NEW_TOKENS
+    faults["a transcript that the tokenizer alters, or with a token like </s>"] = find_altered(model.tokenizer, texts)
+    faults[f"more tokens than the LLM's {most} positions"] = rest + sum(counts.values()) + tokens > most
+    if "audio" in model.modalities:
+        faults["longer than Whisper's 30 s"] = samples > whisper_encoder.MAX_SAMPLES
+    found = [f"{clips[i].id}: {fault}" for fault, where in faults.items() for i in where.nonzero().flatten()]
+    if found:
+        more = f"; and {len(found) - 20} more" if len(found) > 20 else ""
+        raise InputError("; ".join(found[:20]) + more)
+
+
+def find_altered(tokenizer, texts):
+    """(B,) bool: which transcripts do not decode to themselves, white space aside, or hold a control token such as </s>.
+
+    Characters that the tokenizer does not know are allowed: valid and test may have them, and there they are errors.
+    """
+
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    altered, rows, controls = [], encode(texts), tokenizer.all_special_tokens
+    for text, row, back in zip(texts, rows, tokenizer.batch_decode(rows, skip_special_tokens=True)):
+        control = any(token in text for token in controls)
+        if tokenizer.unk_token_id in row:
+            text = "".join(" " if tokenizer.unk_token_id in encode(c) else c for c in text)
+            back = tokenizer.decode(encode(text), skip_special_tokens=True)
+        altered.append(control or back.split() != text.split())
+    return torch.tensor(altered)
