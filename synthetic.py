@@ -10,6 +10,7 @@ pitch, vocal tract length, durations, face and light. As in speech, the two sens
 Everything follows from a clip's id, and is made when it is asked for.
 """
 
+import itertools
 import random
 import zlib
 
@@ -66,6 +67,17 @@ def render(name, kind):
     _, phones = _script(name)
     rng = np.random.default_rng(zlib.crc32(f"{name} {kind}".encode()))
     return (_speak if kind == "audio" else _draw)(phones, rng)
+
+
+def word_times(name):
+    """[(start, end, word)] of a clip, in seconds."""
+    words, phones = _script(name)
+    times, at = [], 0
+    for silent, group in itertools.groupby(phones, lambda phone: phone[0] == "_"):
+        frames = sum(frames for _, frames in group)
+        times += [] if silent else [(at / FPS, (at + frames) / FPS)]
+        at += frames
+    return [(*span, word) for span, word in zip(times, words)]
 
 
 def _script(name):

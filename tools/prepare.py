@@ -1,23 +1,24 @@
-"""Raw talking-face clips -> mouth regions, audio and a manifest.
+"""Raw talking-face clips to mouth regions, sound and manifests.
 
-    pip install -r requirements-extra.txt          # dlib and its landmark model, also for transcribe.py
-    python -m tools.prepare RAW_DIR OUT_DIR
+    pip install -r requirements-extra.txt                 # dlib and its landmark model, also for transcribe.py
+    python -m tools.prepare RAW_DIR OUT_DIR               # manifests, folders of splits, LRS2 or LRS3
+    python -m tools.prepare --grid RAW_DIR OUT_DIR        # GRID as its makers publish it
 
 Follows AV-HuBERT's preparation (its `align_mouth.py`): dlib's 68 landmarks on every frame, smoothed over 12
 frames, a similarity transform of five stable points onto a mean face, and a 96x96 cut around the mouth.
 
-RAW_DIR holds either manifests (`train.csv`, ... with the columns id,path,frames,text) or, as LRS2 and LRS3 do,
-folders of videos with a transcript of the same name beside each (`trainval/speaker/00001.mp4` and `.txt`); the
-name of the top folder is then the name of the split. OUT_DIR receives the same splits as manifests, a grey 25 fps
-`.mp4` and a 16 kHz mono `.wav` a clip, `sheet.png` (the middle frame of up to 400 clips: look at it) and
-`failures.csv`. Clips that are already there are kept, so a killed run continues where it stopped.
+OUT_DIR receives train.csv, valid.csv and test.csv, a grey 25 fps `.mp4` and a 16 kHz mono `.wav` a clip, `sheet.png`
+(the middle frame of up to 400 clips: look at it) and `failures.csv`. Clips that are already there are kept, so a
+killed run continues where it stopped. tools/README.md shows what RAW_DIR may look like.
 """
 
 import argparse
 import csv
 import importlib.util
+import math
 import os
 import sys
+import time
 import wave
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
@@ -30,7 +31,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import FPS, MAX_REGION, SAMPLE_RATE, SAMPLES_PER_FRAME, fit_audio, load_audio, read_manifest, video_frames
+from data import HEADER
+from tools.corpora import find_clips
+from tools.errors import InputError, run_command
+from tools.media import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, find_sound, fit_audio, load_audio, load_video, video_frames
 
 SIZE = 96  # side of the mouth region in pixels; the model sees 88 of it
 FACE = 256  # side of the aligned face that the region is cut from
@@ -39,6 +43,9 @@ STABLE = [33, 36, 39, 42, 45]  # nose base and eye corners: they hardly move in 
 TEMPLATE = np.array([[128.87, 137.30], [92.52, 94.37], [112.77, 94.94], [145.53, 94.53], [166.68, 93.57]])
 MOUTH = slice(48, 68)
 MIN_FACES = 0.5  # a clip with a face in fewer than half of its frames is a failure
+FOLLOWED = 100  # pixels to which a followed face is scaled: the detector needs 80, and more only take longer
+SILENCE = 1e-3  # sound whose samples all stay below (-60 dBFS) is silent
+TILES = 400  # clips on sheet.png
 
 
 # --- landmarks ---------------------------------------------------------------------------------------------------
@@ -59,28 +66,32 @@ def _dlib():
     return dlib, dlib.get_frontal_face_detector(), dlib.shape_predictor(str(model))
 
 
+def find_near(frame, last):
+    """Boxes of the faces around `last`, the box of the previous face, found on a small picture of that place."""
+    dlib, detect, _ = _dlib()
+    margin, scale = last.width() // 2, FOLLOWED / last.width()
+    x, y = max(last.left() - margin, 0), max(last.top() - margin, 0)
+    window = np.ascontiguousarray(frame[y : last.bottom() + margin, x : last.right() + margin])
+    boxes = detect(dlib.resize_image(window, scale), 0)
+    return [dlib.translate_rect(dlib.scale_rect(box, 1 / scale), dlib.point(x, y)) for box in boxes]
+
+
 def find_landmarks(frames):
     """68 landmarks of one face on every frame: (T, 68, 2) int16 as (x, y), -1 where no face was found.
 
-    The largest face is taken first and then followed: each frame is searched around the previous face (which is also
-    four times as fast), and as a whole where that finds nothing. A face elsewhere takes its place only after WINDOW
-    frames without it. `frames` is an iterable of (H, W, 3) uint8 arrays: in grey the detector misses faces that it finds
-    in colour.
+    The largest face is taken first and then followed: each frame is searched around the previous face (which is far
+    quicker), and as a whole where that finds nothing. A face elsewhere takes its place only after WINDOW frames
+    without it. `frames` is an iterable of (H, W, 3) uint8 arrays: in grey the detector misses faces that it finds in
+    colour.
     """
-    dlib, detect, predict = _dlib()
+    _, detect, predict = _dlib()
     found, last, lost = [], None, 0  # lost: frames since the last face
-    for frame in frames:
-        height, width = frame.shape[:2]
-        upsample = int(min(height, width) < 480)  # the detector misses faces of under 80 pixels
-        faces = []
-        if last is not None:
-            margin = last.width() // 2
-            x, y = max(last.left() - margin, 0), max(last.top() - margin, 0)
-            window = np.ascontiguousarray(frame[y : last.bottom() + margin, x : last.right() + margin])
-            faces = [dlib.translate_rect(box, dlib.point(x, y)) for box in detect(window, upsample)]
+    for frame in map(np.ascontiguousarray, frames):  # of others, dlib reads memory that is freed already
+        faces = find_near(frame, last) if last else []
         if not faces:
+            upsample = int(min(frame.shape[:2]) < 480)  # the detector misses faces of under 80 pixels
             faces = list(detect(frame, upsample))
-            if last is not None and lost < WINDOW:
+            if last and lost < WINDOW:
                 faces = [box for box in faces if box.intersect(last).area()]
         if not faces:
             found.append(np.full((68, 2), -1, np.int16))
@@ -99,11 +110,8 @@ def has_face(landmarks):
 
 def fill_gaps(landmarks):
     """Interpolate linearly over frames without a face; before the first and after the last face, repeat it."""
-    landmarks = landmarks.astype(np.float64)
-    seen = np.flatnonzero(has_face(landmarks))
-    if not len(seen):
-        raise ValueError("no face found")
-    flat, ticks = landmarks.reshape(len(landmarks), -1), np.arange(len(landmarks))
+    seen, ticks = np.flatnonzero(has_face(landmarks)), np.arange(len(landmarks))
+    flat = landmarks.astype(np.float64).reshape(len(landmarks), -1)
     return np.stack([np.interp(ticks, seen, column[seen]) for column in flat.T], axis=1).reshape(landmarks.shape)
 
 
@@ -146,22 +154,45 @@ def cut_mouths(frames, landmarks):
     return np.stack(mouths)
 
 
-def find_mouths(source):
-    """Mouth regions (T, 96, 96) uint8 of a video file, or an error that names it and says why there are none."""
-    landmarks = find_landmarks(video_frames(source, "rgb24"))
+# --- reading and writing ---------------------------------------------------------------------------------------------
+
+
+def find_mouths(path):
+    """Mouth regions (T, 96, 96) uint8 of a video file."""
+    landmarks = find_landmarks(video_frames(path, "rgb24"))
     if len(landmarks) < 2:
-        raise ValueError(f"{source}: a still picture, or one frame of video; a moving mouth is needed")
+        raise InputError(f"{path}: a still picture, or one frame of video; a moving mouth is needed")
     share = has_face(landmarks).mean()
     if share < MIN_FACES:
-        small = max(next(video_frames(source)).shape) <= MAX_REGION
-        raise ValueError(
-            f"{source}: {f'a face in only {share:.0%}' if share else 'no face in any'} of {len(landmarks)} frames"
+        small = max(next(video_frames(path)).shape) <= 2 * SIZE
+        raise InputError(
+            f"{path}: {f'a face in only {share:.0%}' if share else 'no face in any'} of {len(landmarks)} frames"
             f"{'; is it a mouth region already? The whole face is expected' if small else ''}"
         )
-    return cut_mouths(video_frames(source), landmarks)
+    return cut_mouths(video_frames(path), landmarks)
 
 
-# --- files -------------------------------------------------------------------------------------------------------
+def is_silent(samples):
+    return (np.abs(samples) < SILENCE).all()
+
+
+def read_clip(path, modalities=("audio", "video")):
+    """{"audio": (frames * 640,) float32, "video": (frames, 96, 96) uint8} of a talking face, or one of them."""
+    clip = {}
+    if "audio" in modalities:
+        samples = load_audio(find_sound(path))
+        if is_silent(samples):
+            raise InputError(f"{path}: silent, no sound above {20 * math.log10(SILENCE):.0f} dBFS")
+        frames = math.ceil(len(samples) / SAMPLES_PER_FRAME)
+    if "video" in modalities:
+        clip["video"] = find_mouths(path)
+        frames = len(clip["video"])
+    if "audio" in modalities:
+        sound, picture = len(samples) / SAMPLE_RATE, frames / FPS
+        if abs(sound - picture) > 1:  # codecs pad, but not so much
+            raise InputError(f"{path}: {sound:.1f} s of sound, but {picture:.1f} s of video")
+        clip["audio"] = fit_audio(samples, frames * SAMPLES_PER_FRAME)
+    return clip
 
 
 def write_video(path, mouths):
@@ -185,10 +216,9 @@ def write_audio(path, samples):
 
 def write_sheet(path, tiles, columns=20):
     """Write (N, H, W) uint8 tiles as one PNG."""
-    tiles = np.stack(tiles)
-    tiles = np.concatenate([tiles, np.zeros((-len(tiles) % columns, *tiles.shape[1:]), np.uint8)])
-    rows = tiles.reshape(-1, columns, *tiles.shape[1:]).transpose(0, 2, 1, 3)
-    sheet = rows.reshape(rows.shape[0] * rows.shape[1], -1)
+    tiles = np.stack([*tiles, *[np.zeros_like(tiles[0])] * (-len(tiles) % columns)])
+    height, width = tiles.shape[1:]
+    sheet = tiles.reshape(-1, columns, height, width).transpose(0, 2, 1, 3).reshape(-1, columns * width)
     with av.open(str(path), "w", format="image2") as container:
         stream = container.add_stream("png", rate=1)
         stream.width, stream.height, stream.pix_fmt = sheet.shape[1], sheet.shape[0], "gray"
@@ -196,88 +226,96 @@ def write_sheet(path, tiles, columns=20):
         container.mux(stream.encode())
 
 
-def find_clips(raw):
-    """{split: [(id, path, text)]} of a raw folder, in either of the two layouts above."""
-    manifests = sorted(raw.glob("*.csv"))
-    if manifests:
-        return {m.stem: [(clip.id, clip.path, clip.text) for clip in read_manifest(m)] for m in manifests}
-    splits = {}
-    for path in sorted(raw.glob("*/**/*.mp4")):
-        transcript = path.with_suffix(".txt")
-        if not transcript.is_file():
-            raise ValueError(f"{path}: no transcript {transcript.name} beside it")
-        text = transcript.read_text(encoding="utf-8").partition("\n")[0].removeprefix("Text:").strip().lower()
-        split, *folders = path.relative_to(raw).with_suffix("").parts
-        splits.setdefault(split, []).append(("/".join(folders), path, text))
-    if not splits:
-        raise ValueError(f"{raw}: neither manifests (*.csv) nor SPLIT/.../*.mp4 files in it")
-    return splits
+def write_table(path, header, rows):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
 
 
-def prepare_clip(source, video, audio):
-    """Prepare one clip; return (number of frames, its middle mouth) or the reason why not, as a string."""
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+def prepare_clip(source, video, with_tile):
+    """Prepare one clip: (number of frames, its middle mouth or None), or the InputError that says why not."""
+    audio = video.with_suffix(".wav")
     try:
         if not (video.is_file() and audio.is_file()):
-            mouths = find_mouths(source)
-            samples = fit_audio(load_audio(source), len(mouths) * SAMPLES_PER_FRAME)
+            clip = read_clip(source)
             video.parent.mkdir(parents=True, exist_ok=True)
-            for path, write, content in ((audio, write_audio, samples), (video, write_video, mouths)):
+            for path, write, content in ((audio, write_audio, clip["audio"]), (video, write_video, clip["video"])):
                 partial = path.with_suffix(path.suffix + ".partial")
                 write(partial, content)
                 os.replace(partial, path)  # a killed run leaves no half-written clip behind
-        mouths = list(video_frames(video))
-        return len(mouths), mouths[len(mouths) // 2]
-    except Exception as error:  # one bad clip must not end the run: it is listed, counted and fails the command
-        return f"{type(error).__name__}: {error}"
+        mouths = load_video(video)
+        return len(mouths), mouths[len(mouths) // 2] if with_tile else None
+    except InputError as error:  # one bad clip must not end the run: it is listed, counted and fails the command
+        return error
+
+
+def prepare_clips(clips, out, workers):
+    """Prepare all of [(split, id, path, text)]: (rows of the manifests by split, failures, tiles of the sheet)."""
+    rows, failures, tiles = {split: [] for split, *_ in clips}, [], []
+    step = -(-len(clips) // TILES)
+    pool = ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        videos = [Path("clips", split, f"{name}.mp4") for split, name, *_ in clips]
+        jobs = [
+            pool.submit(prepare_clip, path, out / video, i % step == 0)
+            for i, ((_, _, path, _), video) in enumerate(zip(clips, videos))
+        ]
+        for (split, name, _, text), video, job in zip(clips, videos, tqdm(jobs, unit="clip")):
+            result = job.result()
+            if isinstance(result, InputError):
+                failures.append((split, name, str(result)))
+                continue
+            frames, tile = result
+            rows[split].append((name, video, frames, text))
+            tiles += [tile] * (tile is not None)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return rows, failures, tiles
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("raw_dir", type=Path, help="folder of the raw corpus")
+    add("out_dir", type=Path, help="folder to write")
+    add("--grid", action="store_true", help="RAW_DIR is GRID: s1/*.mpg, alignments/s1/*.align")
+    add("--talkers", nargs="+", default=(), metavar="s1", help="only these talkers of GRID")
+    add("--valid-list", type=Path, metavar="FILE", help="the clips of trainval/ that are for validation, one a line")
+    add("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
+    add("--allow-failures", type=int, default=0, metavar="N", help="exit with 0 if at most N clips fail")
+    return parser.parse_args()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("raw_dir", type=Path, help="folder of clips with transcripts, or of manifests")
-    parser.add_argument("out_dir", type=Path, help="folder to write")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
-    parser.add_argument(
-        "--allow-failures", type=int, default=0, metavar="N", help="exit with 0 if at most N clips fail"
-    )
-    args = parser.parse_args()
-
-    splits = find_clips(args.raw_dir)
-    if args.out_dir.resolve() == args.raw_dir.resolve():
-        sys.exit(f"{args.out_dir}: OUT_DIR must be another folder, its manifests would replace those of RAW_DIR")
-    args.out_dir.mkdir(parents=True, exist_ok=True)
+    args = parse_args()
+    raw, out = args.raw_dir, args.out_dir
+    if raw.resolve() in (out.resolve(), *out.resolve().parents):
+        raise InputError(f"{out}: OUT_DIR must lie outside RAW_DIR, whose files it would replace or join")
+    corpus = find_clips(raw, args.grid, args.talkers, args.valid_list)
+    print(f"{len(corpus.clips)} clips found, {len(corpus.failures)} more without a transcript or a video")
+    for sentence in corpus.skipped:
+        print(sentence, file=sys.stderr)
     _dlib()  # complain about a missing package before any work
-    failures, tiles = [], []
-    for split, clips in splits.items():
-        targets = [(args.out_dir / "clips" / split / f"{name}.mp4") for name, _, _ in clips]
-        rows = []
-        with ProcessPoolExecutor(args.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            jobs = [
-                pool.submit(prepare_clip, source, video, video.with_suffix(".wav"))
-                for (_, source, _), video in zip(clips, targets)
-            ]
-            for (name, source, text), video, job in zip(clips, targets, tqdm(jobs, desc=split, unit="clip")):
-                result = job.result()
-                if isinstance(result, str):
-                    failures.append((split, name, result))
-                    continue
-                frames, tile = result
-                rows.append((name, video.relative_to(args.out_dir), frames, text))
-                tiles.append(tile)
-        with open(args.out_dir / f"{split}.csv", "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("id", "path", "frames", "text"), *rows])
+    out.mkdir(parents=True, exist_ok=True)
 
-    if tiles:
-        write_sheet(args.out_dir / "sheet.png", tiles[:: -(-len(tiles) // 400)])
-    with open(args.out_dir / "failures.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("split", "id", "reason"), *failures])
+    start = time.perf_counter()
+    rows, failures, tiles = prepare_clips(corpus.clips, out, args.workers)
+    speed = len(corpus.clips) / (time.perf_counter() - start)
+    failures = corpus.failures + failures
+    for split in rows:
+        write_table(out / f"{split}.csv", HEADER, rows[split])
+        print(f"{split}.csv: {len(rows[split])} clips")
+    write_table(out / "failures.csv", ("split", "id", "reason"), failures)
     for split, name, reason in failures:
         print(f"failed: {split}/{name}: {reason}", file=sys.stderr)
-    print(f"{len(tiles)} clips prepared, {len(failures)} failed; look at {args.out_dir / 'sheet.png'}")
+    if tiles:
+        write_sheet(out / "sheet.png", tiles)
+    prepared = sum(map(len, rows.values()))
+    print(f"{prepared} clips prepared, {len(failures)} failed, {speed:.1f} clips a second; look at {out / 'sheet.png'}")
     sys.exit(int(len(failures) > args.allow_failures))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:  # a fault of the input: its sentence, without our call stack
-        sys.exit(f"error: {error}")
+    run_command(main)
