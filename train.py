@@ -4,10 +4,9 @@
     python train.py --data MANIFEST_DIR --task avsr --llm meta-llama/Llama-3.2-1B \\
         --audio-encoder openai/whisper-medium.en --video-encoder large_vox_iter5.pt --out runs/avsr
     torchrun --standalone --nproc_per_node 4 train.py ...    # several GPUs
-    python train.py --resume runs/avsr                   # continue a run that was interrupted or killed
 
-The folder --out receives args.json, the model (config.json, model.safetensors, tokenizer), checkpoint.pt to resume
-from, metrics.jsonl, and the files of eval.py, which ends the training.
+The same command again goes on with a run that was interrupted or killed. The folder --out receives the model
+(config.json, model.safetensors, tokenizer), the results of eval.py, which ends the training, and what tools/run.py keeps.
 """
 
 import argparse
@@ -15,27 +14,22 @@ import dataclasses
 import json
 import math
 import os
-import random
-import signal
-import sys
-import time
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from safetensors.torch import load_file, save_file
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import TASKS, ClipDataset, FrameBatches, load_corpus, make_loader
-from eval import evaluate, fault, gather, join_processes, load_noise, own_batches, parse_snr, report
-from model import LlamaSMoP, is_trained, train_tokenizer, write_atomically
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing keeps two runs out of one folder
-    fcntl = None
+import synthetic
+from data import FPS, ClipDataset, load_corpus, make_loader, pack, plan_run
+from eval import evaluate, load_noise, parse_snr, record_routing, report, routing_statistics
+from model import MODALITIES, LlamaSMoP, Losses, is_trained
+from tools import run as runs
+from tools.checks import check_clips
+from tools.errors import InputError, run_command
+from tools.picture import draw_clip
+from tools.tokenizer import load_tokenizer, train_tokenizer
 
 SMALL_LLM = {
     "hidden_size": 128,
@@ -62,21 +56,15 @@ SMALL_AVHUBERT = {
     "trunk_widths": [8, 16, 32, 64],
     "conv_pos": 32,
 }
-
-
 # Defaults of what is not given. From scratch, the published rates, or noise from the start, leave a model on a plateau.
 FROM_SCRATCH = {"epochs": 6, "clean_epochs": 3, "max_frames": 320, "lr": 4e-4}
 PUBLISHED = {"epochs": 10, "clean_epochs": 0, "max_frames": 1500, "lr": 1e-3}  # with a pretrained LLM; lr 5e-4 for vsr
 
-COLLAPSE_SHARE = 0.95  # of a router's weight on its top_k busiest experts, over an epoch
+COLLAPSE_SHARE = 0.95  # of a router's choices that go to its top_k busiest experts
 
 
-def arg(default, help, least=None, most=None):
-    return dataclasses.field(default=default, metadata={"help": help, "least": least, "most": most})
-
-
-def flag(name):
-    return name.replace("_", "-")
+def arg(default, help):
+    return dataclasses.field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -86,110 +74,118 @@ class Args:
     task: str = arg("avsr", "asr, vsr or avsr")
     # model
     projector: str = arg("dedr", "mlp, jejr, jedr or dedr")
-    num_experts: int = arg(4, "experts in each mixture", 1, 1024)
-    top_k: int = arg(2, "experts a token passes through", 1, 1024)
-    dim_hidden: int | None = arg(None, "width inside an expert (default: the LLM's)", 1, 65_536)
+    num_experts: int = arg(4, "experts in each mixture")
+    top_k: int = arg(2, "experts a token passes through")
+    dim_hidden: int | None = arg(None, "width inside an expert (default: the LLM's)")
     llm: str = arg(json.dumps(SMALL_LLM), "hub name or folder of a Llama (LoRA), or JSON of LlamaConfig (from scratch)")
     audio_encoder: str = arg(json.dumps(SMALL_WHISPER), "hub name or folder (frozen), or JSON of WhisperConfig")
     video_encoder: str = arg(
         json.dumps(SMALL_AVHUBERT), "AV-HuBERT file or run folder (frozen), or JSON of AVHubertEncoder's arguments"
     )
-    audio_pool: int = arg(4, "audio frames averaged into a token", 1, 1500)
-    video_pool: int = arg(2, "video frames averaged into a token", 1, 750)
+    audio_pool: int = arg(4, "audio frames averaged into a token")
+    video_pool: int = arg(2, "video frames averaged into a token")
     audio_window: str | None = arg(None, "what Whisper sees: 30s or clip (default: 30s if pretrained, else clip)")
-    lora_rank: int | None = arg(None, "rank of LoRA (default: a 32nd of the LLM's width)", 1, 4096)
-    lora_scale: float = arg(0.125, "factor of LoRA's update", 0, 100)
+    lora_rank: int | None = arg(None, "rank of LoRA (default: a 32nd of the LLM's width)")
+    lora_scale: float = arg(0.125, "factor of LoRA's update")
     prompt: str | None = arg(None, "text before the transcript (default: the published one, none for a random LLM)")
-    load_balancing_weight: float = arg(0.01, "of the load-balancing loss", 0, 100)
-    router_z_weight: float = arg(0.001, "of the router z-loss", 0, 100)
+    load_balancing_weight: float = arg(0.01, "of the load-balancing loss")
+    router_z_weight: float = arg(0.001, "of the router z-loss")
     # optimisation
-    epochs: int | None = arg(None, "passes over the train split (default: 6; 10 with a pretrained LLM)", 1, 10_000)
-    lr: float | None = arg(
-        None, "peak learning rate (default: 4e-4; 1e-3 with a pretrained LLM, 5e-4 for its vsr)", 1e-9, 1
-    )
-    warmup: float = arg(0.05, "share of the steps with a rising learning rate; a cosine follows", 0, 1)
-    weight_decay: float = arg(0.1, "of AdamW", 0, 10)
-    clip_grad: float = arg(1.0, "largest norm of the gradient", 1e-6, 1e6)
+    epochs: int | None = arg(None, "passes over the train split (default: 6; 10 with a pretrained LLM)")
+    lr: float | None = arg(None, "peak learning rate (default: 4e-4; 1e-3 with a pretrained LLM, 5e-4 for its vsr)")
+    warmup: float = arg(0.05, "share of the steps with a rising learning rate; a cosine follows")
+    weight_decay: float = arg(0.1, "of AdamW")
+    clip_grad: float = arg(1.0, "largest norm of the gradient")
     max_frames: int | None = arg(
-        None, "video frames per batch and process, with padding (default: 320; 1500 with a pretrained LLM)", 1, 10**6
+        None, "video frames per batch and process, with padding (default: 320; 1500 with a pretrained LLM)"
     )
-    accumulate: int = arg(1, "batches per step, weighted equally", 1, 10_000)
+    accumulate: int = arg(1, "batches per step")
     clean_epochs: int | None = arg(
-        None, "epochs at the start without noise and masks (default: 3; 0 with a pretrained LLM)", 0, 10_000
+        None, "epochs at the start without noise and masks (default: 3; 0 with a pretrained LLM)"
     )
     noise: str | None = arg(None, "audio file of noise (default: babble made of the train split)")
-    seed: int = arg(0, "of the weights, the order and the augmentation", 0, 2**63 - 1)
+    seed: int = arg(0, "of the weights, the order and the augmentation")
     # running
-    workers: int = arg(2, "data-loading processes", 0, 256)
-    save_every: int = arg(0, "steps between checkpoints within an epoch (0: after epochs only)", 0, 10**9)
-    average: int = arg(1, "how many of the last epochs' weights are averaged for evaluation", 1, 10_000)
+    workers: int = arg(2, "data-loading processes")
+    save_every: int = arg(0, "steps between checkpoints within an epoch (0: after epochs only)")
+    average: int = arg(1, "how many of the last epochs' weights are averaged for evaluation")
     eval_snr: str = arg(
         "clean 5 0 -5", "SNRs (dB) of the final evaluation, in quotes; a task without audio knows only clean"
     )
-    num_beams: int = arg(1, "of the final evaluation", 1, 100)
-    device: str = arg("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
+    num_beams: int = arg(1, "of the final evaluation")
+    device: str = arg("cuda" if torch.cuda.is_available() else "cpu", "any of torch's: cpu, cuda, cuda:1, mps")
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, least, most = getattr(self, field.name), field.metadata["least"], field.metadata["most"]
-            if least is not None and value is not None and not least <= value <= most:  # NaN, too
-                raise ValueError(f"--{flag(field.name)} must be between {least} and {most}, got {value}")
         recipe = FROM_SCRATCH if self.llm.startswith("{") else PUBLISHED | ({"lr": 5e-4} if self.task == "vsr" else {})
         for name, value in recipe.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        if self.top_k > self.num_experts and self.projector.lower() != "mlp":
-            raise ValueError(f"--top-k {self.top_k} is more than --num-experts {self.num_experts}")
-        if self.average > self.epochs:
-            raise ValueError(f"--average {self.average} is more than --epochs {self.epochs}")
+        if self.task not in MODALITIES:
+            raise InputError(f"--task must be one of {', '.join(MODALITIES)}, got {self.task!r}")
+        for name in "num_experts top_k audio_pool video_pool epochs lr clip_grad max_frames accumulate average".split():
+            if not getattr(self, name) > 0:
+                raise InputError(f"--{flag(name)} must be above 0, got {getattr(self, name)}")
+        for name, most in (("top_k", "num_experts"), ("average", "epochs")):
+            if getattr(self, name) > getattr(self, most) and (name, self.projector.lower()) != ("top_k", "mlp"):
+                raise InputError(
+                    f"--{flag(name)} {getattr(self, name)} is more than --{flag(most)} {getattr(self, most)}"
+                )
+        self.snrs = [parse_snr(snr) for snr in self.eval_snr.split()] if "audio" in MODALITIES[self.task] else [None]
+        if not self.snrs:
+            raise InputError("--eval-snr is empty; expected clean or a number of dB, or several with spaces between")
+        for name in ("data", "noise", "llm", "audio_encoder", "video_encoder"):  # args.json must hold from anywhere
+            if getattr(self, name) not in (None, "synthetic") and os.path.exists(getattr(self, name)):
+                setattr(self, name, os.path.abspath(getattr(self, name)))
+
+
+CHANGEABLE = ("lr", "clip_grad", "device", "workers", "num_beams", "save_every")  # with --resume: not the data
+
+
+def flag(name):
+    return name.replace("_", "-")
 
 
 def parse_args(argv=None):
-    """(Args, whether to resume) from the command line; --resume takes every argument from its run folder."""
+    """(Args, whether --resume was given, whether --overwrite was) of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--resume", metavar="RUN", help="continue this run, with its arguments")
+    add = parser.add_argument
+    names = ", ".join(f"--{flag(name)}" for name in CHANGEABLE)
+    add("--resume", metavar="RUN", help=f"go on with this run, as it was begun but for {names}")
+    add("--overwrite", action="store_true", help="delete the run in --out and start anew")
     for field in dataclasses.fields(Args):
         kind = {"int | None": int, "float | None": float, "str | None": str}.get(str(field.type), field.type)
         text = field.metadata["help"] + ("" if field.default is None else f" (default: {field.default})")
-        parser.add_argument(f"--{flag(field.name)}", type=kind, default=argparse.SUPPRESS, help=text.replace("%", "%%"))
+        add(f"--{flag(field.name)}", type=kind, default=argparse.SUPPRESS, help=text.replace("%", "%%"))
     given = vars(parser.parse_args(argv))
-    run = given.pop("resume", None)
+    run, overwrite = given.pop("resume"), given.pop("overwrite")
     if run is None:
-        return Args(**given), False
-    if given:
-        parser.error(f"--resume takes every argument from {run}/args.json; drop --{', --'.join(map(flag, given))}")
+        return Args(**given), False, overwrite
+    if fixed := given.keys() - set(CHANGEABLE):
+        raise InputError(f"--resume takes all but {names} from {run}/args.json; drop --{', --'.join(map(flag, fixed))}")
     if not (Path(run) / "args.json").is_file():
-        parser.error(f"{run}: no args.json; expected a folder written by train.py")
-    given = json.loads((Path(run) / "args.json").read_text())
-    other = given.keys() ^ {field.name for field in dataclasses.fields(Args)}
-    if other:
-        raise ValueError(f"{run}/args.json: of another version of train.py, differing in {', '.join(sorted(other))}")
-    return Args(**given | {"out": run}), True
+        raise InputError(f"{run}: no args.json; expected a folder written by train.py")
+    begun = json.loads((Path(run) / "args.json").read_text())
+    if other := begun.keys() ^ {field.name for field in dataclasses.fields(Args)}:
+        raise InputError(f"{run}/args.json: of another version of train.py, differing in {', '.join(sorted(other))}")
+    return Args(**begun | given | {"out": run}), True, overwrite
 
 
-def build_model(args, texts):
-    """LlamaSMoP as the arguments say; a random LLM gets a tokenizer trained on `texts`."""
+def build_model(args, tokenizer=None):
+    """LlamaSMoP as the arguments say. tokenizer: by default that of the LLM; a random one needs it."""
     parts = []
     for name in ("llm", "audio_encoder", "video_encoder"):
         source = getattr(args, name)
         try:
             parts.append(json.loads(source) if source.startswith("{") else source)
         except json.JSONDecodeError as error:
-            raise ValueError(f"--{flag(name)}: not valid JSON: {error}") from None
+            raise InputError(f"--{flag(name)}: not valid JSON: {error}") from None
+    settings = "num_experts top_k dim_hidden audio_pool video_pool lora_rank lora_scale prompt load_balancing_weight "
+    settings = {name: getattr(args, name) for name in (settings + "router_z_weight").split()}
     window = args.audio_window or ("clip" if isinstance(parts[1], dict) else "30s")
     return LlamaSMoP(
-        args.task,
-        *parts,
-        tokenizer=train_tokenizer(texts) if isinstance(parts[0], dict) else None,
-        projector=args.projector.upper(),
-        audio_window=window,
-        **{
-            name: getattr(args, name)
-            for name in "num_experts top_k dim_hidden audio_pool video_pool lora_rank lora_scale prompt "
-            "load_balancing_weight router_z_weight".split()
-        },
+        args.task, *parts, tokenizer=tokenizer, projector=args.projector.upper(), audio_window=window, **settings
     )
 
 
@@ -199,257 +195,171 @@ def learning_rate(step, steps, warmup):
     return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
 
 
-def hold(folder):
-    """Lock a run folder for as long as this process lives, however it ends; a ValueError where another one holds it."""
-    file = open(folder / "lock", "w")
-    try:
-        if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which the workers of a killed run would hold
-    except OSError:
-        raise ValueError(f"{folder}: another process is training this run") from None
-    return file
+# --- the loop ----------------------------------------------------------------------------------------------------
 
 
-def main():
-    args, resume = parse_args()
-    try:
-        train(args, resume)
-    except KeyboardInterrupt:
-        sys.exit(f"interrupted; continue with: python train.py --resume {args.out}")
-
-
-def train(args, resume):
-    if args.task not in TASKS:
-        raise ValueError(f"--task must be one of {', '.join(TASKS)}, got {args.task!r}")
-    out = Path(args.out)
-    for name in ("data", "noise", "llm", "audio_encoder", "video_encoder"):  # args.json must hold from anywhere
-        if getattr(args, name) not in (None, "synthetic") and os.path.exists(getattr(args, name)):
-            setattr(args, name, os.path.abspath(getattr(args, name)))
-    rank, world, device = join_processes(args.device)
-    # Leave a core to each worker: arithmetic is as slow as its slowest thread, one that shares its core.
-    torch.set_num_threads(max(min(torch.get_num_threads(), (os.cpu_count() or 1) - args.workers), 1))
-    torch.manual_seed(args.seed)
-
-    (clips, load), (valid, _), (test, _) = (load_corpus(args.data, split) for split in ("train", "valid", "test"))
-    has_audio = "audio" in TASKS[args.task]
-    snrs = [parse_snr(snr) for snr in args.eval_snr.split()] if has_audio else [None]
-    if not snrs:
-        raise ValueError("--eval-snr is empty; expected clean or a number of dB, or several with spaces between")
-    out.mkdir(parents=True, exist_ok=True)
-    lock = hold(out) if rank == 0 else None  # noqa: F841 (held until the end)
-    begun = (out / "checkpoint.pt").exists()
-    if begun and not resume:
-        sys.exit(f"error: {out} holds a run; continue it with --resume {out}, or choose another --out, or delete it")
-    if not begun and rank == 0:
-        text = json.dumps(dataclasses.asdict(args), indent=2) + "\n"
-        write_atomically(out / "args.json", lambda path: path.write_text(text))
-        (out / "metrics.jsonl").unlink(missing_ok=True)
-    model = build_model(args, [clip.text for clip in clips]).place(device)
-    model.check([*clips, *valid, *test])
-    noise = load_noise(args.noise, args.data) if has_audio else None
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)
-    dataset = ClipDataset(
-        clips, load, args.task, train=True, noise=noise, seed=args.seed, clean_epochs=args.clean_epochs
-    )
-    batches = FrameBatches([c.frames for c in clips], args.max_frames, seed=args.seed, rank=rank, world=world)
-    loader = make_loader(dataset, batches, args.workers)
-
-    # Where training stands. Everything that the rest of the run depends on goes into checkpoint.pt with it.
-    epoch, done, step, start = 0, 0, 0, time.time()  # done: batches of this epoch
-    if begun:
-        checkpoint = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
-        if checkpoint["world"] != world:
-            sys.exit(
-                f"error: {out} was trained with {checkpoint['world']} processes; resume it with as many, not {world}"
-            )
-        model.load_trained_state(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        epoch, done, step = checkpoint["epoch"], checkpoint["done"], checkpoint["step"]
-        start -= checkpoint["seconds"]
-        if rank == 0:  # forget what was logged after the checkpoint: it will be logged again
-            lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            write_atomically(out / "metrics.jsonl", lambda path: path.write_text("".join(kept)))
-
-    def save_checkpoint():
-        state = {"model": model.trained_state(), "optimizer": optimizer.state_dict()}
-        state |= {"epoch": epoch, "done": done, "step": step, "world": world, "seconds": time.time() - start}
-        write_atomically(out / "checkpoint.pt", lambda path: torch.save(state, path))
-
-    def log(**values):
-        with open(out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, "epoch": epoch} | values) + "\n")
-
-    signals = []
-
-    def on_signal(number, frame):  # the first one ends the run after a whole step, a second one at once
-        signals.append(number)
-        signal.signal(number, signal.default_int_handler)
-
-    def stopping():
-        """() > 0 where any process has had a signal: all must stop at the same step."""
-        count = torch.tensor(float(len(signals)), device=device)
-        if world > 1:
-            dist.all_reduce(count)
-        return count
-
-    wrapped = model
-    if world > 1:
-        trains_video = "video" in TASKS[args.task] and is_trained(model.video_encoder)
-        if trains_video and device.type == "cuda":  # on CPUs torch has none: there each process normalises by itself
-            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        # Without device_ids, which would move the lengths in the batch to the GPU; LayerDrop skips parameters.
-        wrapped = DistributedDataParallel(model, find_unused_parameters=trains_video)
-    batches_in = []  # each epoch: its shuffle decides how the clips fill the batches
-    for epoch_ahead in range(args.epochs):
-        batches.epoch = epoch_ahead
-        batches_in.append(len(batches))
-    steps = sum(math.ceil(n / args.accumulate) for n in batches_in)
-    if rank == 0:
-        print(f"{len(clips)} clips, {steps} steps; parameters trained, in millions:")
-        for name, part in model.named_children():
-            trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
-            print(f"  {name}: {trained / 1e6:.2f} of {sum(p.numel() for p in part.parameters()) / 1e6:.2f}")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-    loads = {}  # {router: the weight that each of its experts has had in this epoch and process (E,)}
-
-    def count_loads(module, inputs, outputs):
-        for kind, r in outputs[1].items():
-            load = r.weights.new_zeros(r.logits.shape[-1]).scatter_add(
-                0, r.experts.flatten(), r.weights.detach().flatten()
-            )
-            gate = module.smops[kind].gate  # a joint router is one
-            loads[gate] = loads.get(gate, 0) + load
-
-    model.projector.register_forward_hook(count_loads)
-    bar = tqdm(total=steps, initial=step, unit="step", disable=rank > 0)
-    for epoch in range(epoch, args.epochs):
-        dataset.epoch = batches.epoch = epoch
-        batches.skip = done
-        model.train()
-        loads.clear()
-        ready = began = time.time()
-        waited, ids, step_losses = 0, [], {}
-        for batch in loader:
-            waited += time.time() - ready
-            ids += batch["ids"]
-            last = done + 1 == batches_in[epoch]
-            update = (done + 1) % args.accumulate == 0 or last
-            in_step = min(args.accumulate, batches_in[epoch] - done // args.accumulate * args.accumulate)
-            if world > 1:
-                wrapped.require_backward_grad_sync = update
-            # Dropout, too, does not depend on what was before: a resumed run draws the same.
-            torch.manual_seed(random.Random(f"{args.seed} {epoch} {done} {rank}").getrandbits(63))
-            losses = wrapped(batch, dist.group.WORLD)  # None of a single process
-            (losses.total / in_step).backward()
-            values = losses._asdict() | {"stop": stopping()}
-            if update:
-                values["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad)
-            values = dict(zip(values, torch.stack(list(values.values())).tolist()))  # one wait for a GPU
+def train_steps(model, optimizer, plan, done, batches, valid, run, args):
+    """The steps plan[done:]. `batches` yields their batches in order and, after each epoch, `valid` of the valid split."""
+    wrapped = runs.distribute(model, unused="video" in model.modalities and is_trained(model.video_encoder))
+    trained = optimizer.param_groups[0]["params"]
+    bar = tqdm(total=len(plan), initial=done, unit="step", disable=not run.writes)
+    with bar, runs.Signals() as signals:
+        for number, step in enumerate(plan[done:], start=done + 1):
+            model.train()
+            parts, ids = [], []
+            for i, weight in enumerate(step.weights):
+                batch = next(batches)
+                runs.seed_step(args.seed, number, i)
+                last = i == len(step.weights) - 1
+                wrapped.require_backward_grad_sync = last  # several processes exchange gradients once a step
+                losses = wrapped(batch)
+                # The step's loss: the mean over all its transcript tokens, and the mean of its batches' routing losses.
+                part = Losses(weight * losses.lm, *(loss / len(step.weights) for loss in losses[1:]))
+                part.total.backward()
+                parts.append(torch.stack(part).detach())
+                ids += batch["ids"]
+            grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.clip_grad)
+            values = dict(zip(Losses._fields, torch.stack(parts).sum(0))) | {"grad_norm": grad_norm}
+            values = runs.mean_over_processes(values | {"stop": signals.seen()})
             stop = values.pop("stop")
-            if not all(map(math.isfinite, values.values())):  # in every process: the losses are over all of them
-                clip_ids = ", ".join(gather(ids))
-                sys.exit(
-                    f"error: a loss or gradient without a finite value ({values}) after {step} steps; the last "
-                    f"checkpoint is kept; clips of this step: {clip_ids}"
-                )
-            step_losses = {name: step_losses.get(name, 0) + values[name] / in_step for name in losses._fields}
-            done += 1
-            ready = time.time()
-            if not update:
-                continue
-            rate = optimizer.defaults["lr"] * learning_rate(step, steps, args.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            if not all(map(math.isfinite, values.values())):
+                raise InputError(not_finite(values, number, runs.gather(ids), args.out))
+            rate = args.lr * learning_rate(number - 1, len(plan), args.warmup)
+            optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            step += 1
-            seconds = time.time() - began
-            values |= step_losses | {"lr": rate, "clips_per_s": len(ids) * world / seconds, "waited": waited / seconds}
-            ready = began = time.time()
-            waited, ids, step_losses = 0, [], {}
-            if rank == 0:
-                log(**values)
-                bar.update()
-                bar.set_postfix(
-                    loss=f"{values['total']:.3f}", lm=f"{values['lm']:.3f}", balance=f"{values['load_balancing']:.2f}",
-                    z=f"{values['router_z']:.2f}", clips_s=f"{values['clips_per_s']:.0f}",
-                )  # fmt: skip
-                if not last and (stop or args.save_every and step % args.save_every == 0):
-                    save_checkpoint()
-            if stop and not last:
-                if world > 1:  # until the checkpoint is written: torchrun ends all when one ends
-                    dist.barrier()
+            run.log(step=number, epoch=step.epoch, **values, lr=rate, seconds_waited=round(batches.seconds, 2))
+            bar.update()
+            bar.set_postfix({name: f"{values[name]:.2f}" for name in ("lm", "load_balancing", "router_z")})
+            if step.last:
+                end_epoch(model, step.epoch, number, islice(batches, valid), run, args)
+            if step.last or stop or args.save_every and number % args.save_every == 0:
+                run.save(model, optimizer, number)
+            if stop:
                 raise KeyboardInterrupt
-        done = 0
-        top_k = model.config["top_k"]
-        for shares in [sums / sums.sum() for sums in loads.values() if len(sums) > top_k]:
-            if rank == 0 and shares.topk(top_k).values.sum() > COLLAPSE_SHARE:
-                tqdm.write(
-                    f"warning: a router has collapsed, in epoch {epoch} its experts had {shares.tolist()} of its weight; "
-                    "raise --load-balancing-weight or lower --lr"
-                )
-        share_state(model)
-        valid_lm = valid_loss(model, valid, load, args, device)
-        if rank == 0:
-            if args.average > 1 and epoch >= args.epochs - args.average:
-                state = model.trained_state()
-                write_atomically(out / f"epoch-{epoch}.safetensors", lambda path: save_file(state, path))
-            log(valid_lm=valid_lm)
-            epoch += 1  # where a resumed run goes on
-            save_checkpoint()
-        if stopping():
-            raise KeyboardInterrupt
-    bar.close()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
-
-    if args.average > 1 and rank == 0:
-        epochs = range(args.epochs - args.average, args.epochs)
-        states = [load_file(out / f"epoch-{epoch}.safetensors") for epoch in epochs]
-        mean = {name: torch.stack([s[name].double() for s in states]).mean(0).to(x) for name, x in states[0].items()}
-        model.load_trained_state(mean)
-    share_state(model)
-    minutes = (time.time() - start) / 60
-    if rank == 0:
-        model.save(out)
-        print(f"trained in {minutes:.1f} minutes; evaluating on the test split")
-    model.eval()
-    results, hypotheses = evaluate(model, test, load, noise, snrs, args.num_beams, args.max_frames, args.workers)
-    about = {"data": args.data, "split": "test", "seed": args.seed, "training_minutes": round(minutes, 1)}
-    if rank == 0:
-        report(about | results, hypotheses, out)
-    if world > 1:
-        # First the wrapper: as the group's last owner, it would wait for gloo's threads and hold the GIL they need.
-        del wrapped
-        dist.destroy_process_group()
 
 
-def share_state(model):
-    """Give all processes what process 0 has trained: on CPUs, BatchNorm's statistics of a step are each one's own."""
-    if dist.is_initialized():
-        for tensor in model.trained_state().values():
-            dist.broadcast(tensor, 0)
+def not_finite(values, number, ids, out):
+    return (
+        f"step {number}: a loss or gradient is not finite ({values}); the last checkpoint is kept, and "
+        f"--resume {out} --lr RATE goes on from it; clips of this step: {', '.join(ids)}"
+    )
 
 
 @torch.no_grad()
-def valid_loss(model, clips, load, args, device):
-    """Cross entropy of the transcripts of clean clips: a batch's mean over tokens, weighted by its clips."""
+def end_epoch(model, epoch, step, batches, run, args):
+    """Loss and routing on the valid split, clean; `batches` are this process's share of it."""
+    runs.share_state(model)
     model.eval()
-    batches = own_batches(clips, args.max_frames)
-    loader = make_loader(ClipDataset(clips, load, args.task), batches, args.workers)
-    total = torch.zeros((), dtype=torch.double, device=device)
-    for batch in loader:
-        total += model(batch).lm * len(batch["ids"])
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.item() / len(clips)
+    lm, tokens = torch.zeros(2, dtype=torch.double)
+    with record_routing(model) as routings:
+        for batch in batches:
+            count = model.count_tokens(batch["texts"]).sum()
+            lm, tokens = lm + count * model(batch).lm.double().cpu(), tokens + count
+    means = runs.mean_over_processes({"lm": lm, "tokens": tokens})
+    routings = runs.gather(routings)
+    usage = {modality: x["usage"] for modality, x in routing_statistics(routings).items()}
+    run.log(step=step, epoch=epoch, valid_lm=means["lm"] / means["tokens"], usage=usage)
+    if args.average > 1 and epoch >= args.epochs - args.average:
+        run.keep_epoch(model, epoch)
+    if run.writes:
+        warn_of_collapse(model, routings, epoch)
+
+
+def warn_of_collapse(model, routings, epoch):
+    """Say so where a router sends nearly all tokens to the same top_k experts."""
+    top_k = model.projector.top_k
+    for router, gate in model.projector.gates.items():
+        own = [m for m in model.modalities if model.projector.router_of[m] == router]
+        experts = torch.cat([r[modality].experts.flatten() for r in routings for modality in own])
+        shares = experts.bincount(minlength=gate.out_features) / len(experts)
+        if gate.out_features > top_k and shares.topk(top_k).values.sum() > COLLAPSE_SHARE:
+            tqdm.write(
+                f"warning: a router has collapsed, after epoch {epoch} its experts have {shares.tolist()} of its choices; "
+                "raise --load-balancing-weight or lower --lr"
+            )
+
+
+# --- a run -------------------------------------------------------------------------------------------------------
+
+
+def train(args, resume=False, overwrite=False):
+    rank, world, device = runs.join_processes(args.device)
+    # Leave a core to each worker: arithmetic is as slow as its slowest thread, one that shares its core.
+    torch.set_num_threads(max(min(torch.get_num_threads(), (os.cpu_count() or 1) - args.workers), 1))
+    torch.manual_seed(args.seed)
+    (clips, load), (valid, _), (test, _) = (load_corpus(args.data, split) for split in ("train", "valid", "test"))
+    run = runs.RunFolder(args.out, rank)
+    run.begin(dataclasses.asdict(args), resume, overwrite)
+
+    tokenizer = None
+    if run.checkpoint.exists():
+        tokenizer = load_tokenizer(run.path)  # a changed train.csv must not give the tokens other numbers
+    elif args.llm.startswith("{"):
+        tokenizer = train_tokenizer([clip.text for clip in clips])
+    model = build_model(args, tokenizer)
+    check_clips(model, [*clips, *valid, *test])
+    model.to(device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)
+    run.facts = {"processes": world, "train split (checksum)": runs.fingerprint(clips)}
+    done = run.restore(model, optimizer)
+    if run.writes:
+        model.tokenizer.save_pretrained(run.path)
+    noise = load_noise(args.noise, args.data) if "audio" in model.modalities else None
+
+    frames, tokens = [clip.frames for clip in clips], model.count_tokens([clip.text for clip in clips]).tolist()
+    model.config["tokens_per_second"] = max(FPS * n / length for n, length in zip(tokens, frames))
+    plan = plan_run(frames, tokens, args.epochs, args.max_frames, args.accumulate, args.seed, rank, world)
+    valid_batches = pack([clip.frames for clip in valid], args.max_frames)[rank::world]
+    keys = keys_of(plan[done:], valid_batches, len(clips))
+    dataset = ClipDataset([*clips, *valid], load, model.modalities, noise, None, args.seed, args.clean_epochs)
+    batches = runs.Timed(make_loader(dataset, keys, args.workers, device.type == "cuda"))
+    if run.writes:
+        describe(model, clips, plan)
+    train_steps(model, optimizer, plan, done, batches, len(valid_batches), run, args)
+
+    if args.average > 1:
+        model.load_trained_state(run.average(range(args.epochs - args.average, args.epochs)))
+    runs.share_state(model)
+    if run.writes:
+        model.save(run.path)
+        print(f"trained in {run.minutes():.1f} minutes; evaluating on the test split")
+    model.eval()
+    results, hypotheses = evaluate(model, test, load, noise, args.snrs, args.num_beams, args.max_frames, args.workers)
+    if run.writes:
+        about = {"data": args.data, "split": "test", "seed": args.seed, "training_minutes": round(run.minutes(), 1)}
+        report(about | results, hypotheses, run.path)
+        words = synthetic.word_times(test[0].id) if args.data == "synthetic" else ()
+        item = ClipDataset(test, load, model.modalities)[0]
+        draw_clip(model, test[0], item, hypotheses[0]["hypothesis"], run.path / "clip.png", words)
+        print(f"look at {run.path / 'clip.png'}: a test clip, and the experts that its tokens chose")
+    runs.leave_processes()
+
+
+def keys_of(plan, valid_batches, train_clips):
+    """The keys of a run's batches in order: (clip, epoch) of the train split; after an epoch, the valid clips as they are."""
+    for step in plan:
+        yield from [[(clip, step.epoch) for clip in batch] for batch in step.batches]
+        if step.last:
+            yield from [[train_clips + clip for clip in batch] for batch in valid_batches]
+
+
+def describe(model, clips, plan):
+    print(f"{len(clips)} clips, {len(plan)} steps; parameters trained, in millions:")
+    for name, part in model.named_children():
+        trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
+        print(f"  {name}: {trained / 1e6:.2f} of {sum(p.numel() for p in part.parameters()) / 1e6:.2f}")
+
+
+def main():
+    args, resume, overwrite = parse_args()
+    try:
+        train(args, resume, overwrite)
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command goes on, as does: python train.py --resume {args.out}", flush=True)
+        raise
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(fault(error))
+    run_command(main)
