@@ -1,0 +1,101 @@
+"""eval.py: the WER, what it depends on, and runs that train.py did not write."""
+
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from common import small_model
+from test_train import corpus, run  # noqa: F401
+
+import eval as eval_module
+from data import load_corpus
+from eval import evaluate, routing_statistics, word_error_rate
+from smop import SMoP
+from tools.errors import InputError
+
+
+def test_wer_is_over_all_words_whatever_their_case():
+    assert word_error_rate(["BIN BLUE AT", "now", "go"], ["bin red at", "", "go on then"])[0] == 80.0
+
+
+def test_what_is_scored():
+    """Case and the kind of white space never count, punctuation and Unicode's form only without --normalize."""
+    rate = lambda *texts, **how: word_error_rate(*([text] for text in texts), **how)[0]  # noqa: E731
+    assert rate("lay\u00a0blue\tat\n", "Lay  blue at") == 0
+    assert (
+        rate("well, caf\u00e9", "well cafe\u0301") == 100
+        and rate("well, caf\u00e9", "well cafe\u0301", normalize=True) == 0
+    )
+    assert eval_module.count_errors(["", "a b"], ["one two", ""]) == [(2, 0), (2, 2)]  # a clip without speech
+
+
+def test_zero_db_is_an_snr():
+    assert [eval_module.parse_snr(text) for text in ("clean", "0", "-2.5")] == [None, 0.0, -2.5]
+    for text in ("loud", "nan", "101"):
+        with pytest.raises(InputError, match="an SNR is clean or a number of dB"):
+            eval_module.parse_snr(text)
+
+
+def test_babble_is_made_of_the_train_split(corpus, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(eval_module, "make_babble", lambda clips, load: [clip.id for clip in clips])
+    assert eval_module.load_noise(None, corpus) == [clip.id for clip in load_corpus(corpus, "train")[0]]
+
+
+def test_neither_batches_nor_order_nor_workers_change_a_hypothesis():
+    model, (clips, load) = small_model(tokens_per_second=3).eval(), load_corpus("synthetic", "test")
+    shuffled = random.Random(0).sample(clips[:12], 12)
+    ways = [(clips[:12], load, None, (None,), 1, 1), (shuffled, load, None, (None,), 1, 130, 2), (shuffled, load)]
+    decodings = [{line["id"]: line["hypothesis"] for line in evaluate(model, *way)[1]} for way in ways]
+    assert decodings[0] == decodings[1] == decodings[2] and len(set(decodings[0].values())) > 2
+
+
+def test_endless_transcripts_are_cut_by_the_length_of_their_clip():
+    """A model that has learnt nothing never ends: 2 tokens a second allow 1.5 * 2 * seconds + 10, whatever the batch."""
+    model, (clips, load) = small_model("asr", tokens_per_second=2).eval(), load_corpus("synthetic", "test")
+    short, long = clips[0]._replace(frames=25), clips[0]._replace(id="long", frames=250)
+    fit = lambda clip, modality: np.resize(load(clips[0], modality), 640 * clip.frames)  # noqa: E731
+    for beams in (1, 3):
+        for chosen in ([long], [long, short]):
+            results, lines = evaluate(model, chosen, fit, num_beams=beams)
+            lengths = [model.count_tokens([line["hypothesis"]]).item() - 1 for line in lines]
+            assert results["cut"]["clean"] == len(chosen) and all(length <= 40 for length in lengths)
+        assert lengths[1] <= 13 < lengths[0]
+
+
+def test_noise_changes_what_is_heard_and_the_routing_is_of_the_first_snr():
+    model, (clips, load) = small_model("asr", tokens_per_second=3).eval(), load_corpus("synthetic", "test")
+    noise = torch.randn(16000).numpy()
+    results, lines = evaluate(model, clips[:4], load, noise, (None, -5.0))
+    assert [line["snr"] for line in lines] == ["clean"] * 4 + ["-5"] * 4 and set(results["wer"]) == {"clean", "-5"}
+    assert [line["hypothesis"] for line in lines[:4]] != [line["hypothesis"] for line in lines[4:]]
+    assert results["routing"] == evaluate(model, clips[:4], load)[0]["routing"]
+    assert results["routing"] != evaluate(model, clips[:4], load, noise, (-5.0,))[0]["routing"]
+
+
+def test_routing_statistics():
+    x, layer = torch.randn(40, 6), SMoP(6, 5)
+    routing = layer(x)[1]
+    statistics = routing_statistics([{"audio": layer(x[:10])[1]}, {"audio": layer(x[10:])[1]}])["audio"]
+    assert statistics["usage"] == [round((routing.experts == e).any(1).float().mean().item(), 4) for e in range(4)]
+    p = routing.logits.softmax(-1)
+    assert statistics["entropy"] == pytest.approx(-(p * p.log()).sum(-1).mean().item(), abs=1e-3)
+
+
+def test_model_of_unknown_training_is_evaluated(corpus, tmp_path):  # noqa: F811
+    """As one of tools.published: there is no args.json."""
+    small_model("asr").save(tmp_path)
+    assert "--data must say what to evaluate on" in run("eval.py", tmp_path, code=1)
+    run("eval.py", tmp_path, "--data", corpus, "--snr", "0", "--device", "cpu")
+    assert json.loads((tmp_path / "results.json").read_text())["clips"] == 4
+    assert "nowhere: no config.json" in run("eval.py", "nowhere", "--data", corpus, code=1)
+    quiet = tmp_path / "quiet"
+    shutil.copytree(corpus, quiet)
+    manifest = quiet / "test.csv"
+    manifest.write_text(manifest.read_text().rpartition(",")[0] + ",\n")
+    assert "test.csv:5: empty transcript" in run("eval.py", tmp_path, "--data", quiet, "--device", "cpu", code=1)
+    run("eval.py", tmp_path, "--data", quiet, "--allow-empty", "--normalize", "--device", "cpu")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["clips"] == 4 and results["scoring"] == "lower case, NFC, no punctuation"

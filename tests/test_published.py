@@ -1,0 +1,166 @@
+"""tools/published.py: checkpoints of the authors' code are read, whole and exactly, or refused by name.
+
+That what was read computes the authors' numbers is in test_parity.py.
+"""
+
+import sys
+
+import pytest
+import torch
+from common import WORDS, Touch, close, small_batch, write_llama, write_published, write_tokenizer, write_whisper
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from data import collate
+from model import LlamaSMoP
+from tools import published
+from tools.errors import InputError, run_command
+from tools.published import load_published
+
+TEXTS = ("w1 w2", "w3", "w4")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("published")
+    write_published(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(folder):
+    return torch.load(folder / "model.pth", weights_only=True)
+
+
+def load(folder, checkpoint="model.pth", **settings):
+    parts = folder / "llm", folder / "whisper", folder / "avhubert.pt"
+    return load_published(folder / checkpoint, *parts, lora_scale=0.25, **settings)
+
+
+def test_file_of_bf16_and_moved_statistics(folder, weights, tmp_path):
+    """As a run in bf16 leaves it: frozen parts rounded, BatchNorm's statistics changed. What is saved is what was read."""
+    moved = {name: x.bfloat16() if x.is_floating_point() else x for name, x in weights.items()}
+    name = "video_encoder.feature_extractor_video.resnet.frontend3D.1.running_mean"
+    moved[name] += 1
+    save_file(moved, folder / "moved.safetensors")
+    model, batch = load(folder, "moved.safetensors"), collate(small_batch(texts=TEXTS))
+    close(model.video_encoder.resnet.frontend3D[1].running_mean, moved[name].float())
+    close(model.projector.gates["joint"].weight, moved["audiovisual_proj.gate.weight"].float())
+    assert not model.training and not any(module.training for module in model.modules())
+    expected = model(batch).total
+    model.save(tmp_path / "run")
+    close(LlamaSMoP.load(tmp_path / "run")(batch).total, expected)
+
+
+def test_run_folder_names_frozen_parts_and_holds_the_rest(folder, tmp_path):
+    model = load(folder)
+    model.save(tmp_path)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert {name.split(".")[0] for name in names} == {"projector", "llm", "new_tokens", "video_encoder"}
+    assert all("lora" in name for name in names if name.startswith("llm"))
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    assert all(name.endswith(statistics) for name in names if name.startswith("video"))
+    model.train()
+    assert model.training and not model.audio_encoder.training and not model.video_encoder.training
+    frozen = [p for part in (model.audio_encoder, model.video_encoder) for p in part.parameters()]
+    assert not any(p.requires_grad for p in frozen)
+
+
+@pytest.mark.parametrize("modalities", [("audio", "video"), ("audio",), ("video",)])
+def test_mlp_of_llama_avsr_is_one_expert(folder, weights, modalities):
+    prefix = "audiovisual_proj.experts.1"
+    expert = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+    encoders = tuple(f"{modality}_encoder." for modality in modalities)
+    mlp = {name: x for name, x in weights.items() if name.startswith(("llm.", *encoders))}
+    for shift, modality in enumerate(modalities):  # two different ones
+        mlp |= {f"{modality}_proj{name}": x + shift for name, x in expert.items()}
+    torch.save(mlp, folder / "mlp.pth")
+    model = load(folder, "mlp.pth")
+    assert model.modalities == modalities and model.config["projector"] == "MLP"
+    for shift, modality in enumerate(modalities):
+        plain = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64), nn.LayerNorm(64))
+        plain.load_state_dict({name[1:]: x + shift for name, x in expert.items()})
+        x = torch.randn(2, 3, 64)
+        close(model.projector({modality: x})[0][modality], plain(x))
+
+
+@pytest.mark.parametrize("left", ["both", "llm.model.embed_tokens.weight", "llm.lm_head.weight"])
+def test_tied_llm(tmp_path, left):
+    """safetensors keeps one of two names of the same tensor."""
+    write_tokenizer(tmp_path / "llm")
+    llm = write_llama(tmp_path / "llm", tie_word_embeddings=True).state_dict()
+    encoder = write_whisper(tmp_path / "whisper").get_encoder().state_dict()
+    state = {f"audio_encoder.{name}": x for name, x in encoder.items()} | {f"llm.{name}": x for name, x in llm.items()}
+    ends = {"llm.model.embed_tokens.weight", "llm.lm_head.weight"}
+    rows = torch.cat([llm["lm_head.weight"], torch.randn(5, 32)])  # with the five added tokens
+    state |= {name: rows.clone() for name in ends}
+    for place in "QV":
+        state[f"llm.model.layers.0.self_attn.lora_down_{place}.weight"] = torch.randn(2, 32)
+        state[f"llm.model.layers.0.self_attn.lora_up_{place}.weight"] = torch.randn(32, 2)
+    shapes = {"0.weight": (20, 32), "0.bias": (20,), "2.weight": (32, 20), "2.bias": (32,)}
+    shapes |= {"3.weight": (32,), "3.bias": (32,)}
+    state |= {f"audio_proj.{name}": torch.randn(shape) for name, shape in shapes.items()}
+    save_file({n: x for n, x in state.items() if left in ("both", n) or n not in ends}, tmp_path / "a.safetensors")
+    model = load_published(tmp_path / "a.safetensors", tmp_path / "llm", tmp_path / "whisper")
+    assert model.llm.get_output_embeddings().weight is model.llm.get_input_embeddings().weight
+    close(model.llm.get_output_embeddings().weight, rows)
+    if left == "both":
+        state["llm.lm_head.weight"][len(WORDS)] += 1
+        save_file(state, tmp_path / "untied.safetensors")
+        with pytest.raises(InputError, match="untied.safetensors: llm.model.embed_tokens.weight is frozen"):
+            load_published(tmp_path / "untied.safetensors", tmp_path / "llm", tmp_path / "whisper")
+
+
+def test_what_does_not_fit_is_named(folder, weights, tmp_path):
+    embeddings = weights["llm.model.embed_tokens.weight"]
+    wrong = {
+        "audio_encoder.conv1.bias is frozen": {"audio_encoder.conv1.bias": weights["audio_encoder.conv1.bias"] + 0.1},
+        "embed_tokens.weight is frozen": {"llm.model.embed_tokens.weight": embeddings * 1.1},
+        "avg_pool.weight: the model has None": {"avg_pool.weight": torch.ones(1)},
+        "epoch: the model has None": {"epoch": 3},
+        "v_proj.lora_B.* the model has .* the file None": {"llm.model.layers.1.self_attn.lora_up_V.weight": None},
+        "audio_encoder.conv2.bias: the model has .* the file None": {"audio_encoder.conv2.bias": None},
+        "experts.joint.3.*: the model has None": {"audiovisual_proj.gate.weight": torch.ones(3, 64)},
+        "a flat file .* got": {"audiovisual_proj.gate.weight": None, "audiovisual_proj.experts.0.0.weight": None},
+        "refused.*open": {"llm.evil": Touch(tmp_path / "ran")},
+    }
+    for message, change in wrong.items():
+        state = {name: x for name, x in (weights | change).items() if x is not None}
+        torch.save(state, tmp_path / "wrong.pth")
+        with pytest.raises(InputError, match=f"wrong.pth: .*{message}"):
+            load(folder, tmp_path / "wrong.pth")
+    assert not (tmp_path / "ran").exists()
+    for content, got in (({"state_dict": weights}, "state_dict"), ([1], "list"), ({1: torch.ones(1)}, "1")):
+        torch.save(content, tmp_path / "wrong.pth")
+        with pytest.raises(InputError, match=f"wrong.pth: a flat file .* got {got}"):
+            load(folder, tmp_path / "wrong.pth")
+    with pytest.raises(InputError, match="model.pth: with top-1 the published gate is the constant 1"):
+        load(folder, top_k=1)
+    (tmp_path / "half.safetensors").write_bytes(b"half a copy")
+    for name in ("half", "missing"):
+        with pytest.raises(InputError, match=f"{name}.safetensors: "):
+            load(folder, tmp_path / f"{name}.safetensors")
+
+
+def test_command_writes_a_run_folder(folder, tmp_path, monkeypatch):
+    def run(*extra):
+        parts = (
+            "--llm",
+            folder / "llm",
+            "--audio-encoder",
+            folder / "whisper",
+            "--video-encoder",
+            folder / "avhubert.pt",
+        )
+        line = [folder / "model.pth", tmp_path / "run", *parts, "--lora-scale", 0.25, *extra]
+        monkeypatch.setattr(sys, "argv", ["published.py", *map(str, line)])
+        run_command(published.main)
+
+    with pytest.raises(SystemExit, match="error: .*model.pth: with top-1"):
+        run("--top-k", 1)
+    assert not (tmp_path / "run").exists()
+    run("--prompt", "w1 w2")
+    batch = collate(small_batch(texts=TEXTS))
+    close(LlamaSMoP.load(tmp_path / "run")(batch).total, load(folder, prompt="w1 w2")(batch).total)
+    with pytest.raises(SystemExit, match="error: .*run: exists; a new folder is expected"):
+        run()

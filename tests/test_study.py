@@ -1,0 +1,126 @@
+"""The study: its costs compare equal things, its verdicts are those of the runs, and a stopped study goes on."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from common import LLM, ROOT, WHISPER, small_model
+from safetensors.torch import load_file
+
+from data import ClipDataset, collate, load_corpus
+from study import bench, claims, reproduce
+from tools import prepare
+
+
+@pytest.mark.parametrize("num_beams", [1, 4])
+def test_shared_prefix_decodes_as_the_published_way(num_beams):
+    model = small_model().eval()
+    clips, load = load_corpus("synthetic", "test")
+    dataset = ClipDataset(clips[:3], load, model.modalities)
+    items, settings = [dataset[i] for i in range(3)], {"max_new_tokens": 6, "min_new_tokens": 6}
+    with torch.no_grad():
+        expected = bench.one_by_one(model, items, num_beams, **settings)
+    assert torch.equal(model.generate_ids(collate(items), num_beams, **settings), expected)
+    assert len(expected.unique(dim=0)) > 1
+
+
+def test_bench_compares_equal_things(monkeypatch, tmp_path):
+    for size in "DHO":
+        monkeypatch.setattr(bench, size, 8)
+    monkeypatch.setattr(bench.compare, "__defaults__", (0, 1))  # once
+    assert len(bench.bench_projector(torch.device("cpu"), torch.float32)) == 4  # asserts that the outputs are equal
+    rows = bench.bench_experts(torch.device("cpu"), torch.float32)
+    assert [row["experts"] for row in rows] == [4, 8, 16, 32, 64] * 2
+    bench.draw_experts(rows, tmp_path / "experts.png")
+    (row,) = bench.bench_paper(torch.device("cpu"), torch.float32, seconds=1, frames=50)
+    assert row["433 h x 10 epochs (h)"] == pytest.approx(4330 / row["training (clips/s)"])
+
+
+def test_a_difference_is_paired_over_clips():
+    keys = [(snr, f"clip{i}") for i in range(50) for snr in ("clean", "0")]
+    hard = {key: (1 + i % 12 // 2, 6) for i, key in enumerate(keys)}  # clips differ much more than the models do
+    gain = {key: (errors - (i % 3 == 0), words) for i, (key, (errors, words)) in enumerate(hard.items())}
+    gains, hards = ({seed: run for seed in range(3)} for run in (gain, hard))
+    better = claims.difference(gains, hards, ["clean", "0"])
+    assert better["points"] == round(-100 * 34 / 600, 2) and (better["lower"], better["verdict"]) == ("3 of 3", "shown")
+    assert claims.difference(hards, gains, ["clean", "0"])["verdict"] == "opposite"
+    assert claims.difference(hards, hards, ["clean", "0"])["verdict"] == "not shown"
+    assert claims.difference({0: gain}, {0: hard}, ["clean", "0"])["verdict"] == "open"  # a seed may be luck
+
+
+def read_arguments(monkeypatch, line):
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *line.split()])
+    return reproduce.read_arguments()
+
+
+def test_readme_counts_the_runs(monkeypatch):
+    text = (ROOT / "study" / "README.md").read_text()
+    text = text.replace("\ngrid ", "\npython -m study.reproduce --data grid-mouths ")  # a function of the shell
+    for line, runs in re.findall(r"^python -m study.reproduce (.*?) +# (\d+) runs", text, re.MULTILINE):
+        assert len(reproduce.all_runs(read_arguments(monkeypatch, line))) == int(runs), line
+
+
+def test_tables_and_pictures_are_of_the_runs(monkeypatch, tmp_path):
+    """Six cells, three seeds: the MLP misses every second word, the mixtures every fourth."""
+    args = read_arguments(monkeypatch, f"--data synthetic --quick --runs {tmp_path} --out {tmp_path}/out")
+    runs = reproduce.all_runs(args)
+    for (cell, _), folder in runs.items():
+        hypothesis, wer = ("bin blue", 50.0) if cell.projector == "mlp" else ("bin blue at", 25.0)
+        lines = [{"snr": snr, "id": i, "reference": "bin blue at f"} for snr in claims.SNRS for i in range(10)]
+        lines = [json.dumps(line | {"hypothesis": hypothesis}) + "\n" for line in lines]
+        usage = {"usage": [0.5] * 4 if cell.balance else [0.1, 0.9, 0.5, 0.5]}
+        results = {"wer": dict.fromkeys(claims.SNRS, wer), "routing": {"audio": usage, "video": usage}}
+        results |= {"device": "a CPU", "clips": 10, "num_beams": 1}
+        sizes = {"trained": 2e6, "projector": 1e6, "active": 5e5}
+        folder.mkdir(parents=True)
+        (folder / "hypotheses.jsonl").write_text("".join(lines))
+        for name, value in (("results", results), ("sizes", sizes), ("decode", [1.0] * 9), ("cell", {"code": "abc"})):
+            (folder / f"{name}.json").write_text(json.dumps(value))
+    claims.write(runs, dict.fromkeys(runs, "python train.py"), args)
+    table = (tmp_path / "out" / "synthetic-quick.md").read_text()
+    assert "| AVSR MLP small | 50.0 ± 0.0 | 50.0 ± 0.0 | 50.0 ± 0.0 | 3 | 2.00 | 1.00 | 0.50 |" in table
+    assert "AVSR DEDR e4 k2 small against AVSR MLP small: -25.0 points of WER [-25.0, -25.0], lower in 3 of 3" in table
+    assert "| 50, 50, 50, 50: 4.0 ± 0.0 |" in table and "the rarest by 10.0 %: **not shown**" in table
+    assert "decodes in at most 1.1 times the MLP's time: 1.00 [1.00, 1.00]: **shown**" in table
+    assert len(list((tmp_path / "out").glob("synthetic-quick-*.png"))) == 4
+
+
+@pytest.mark.slow
+def test_study_goes_on_and_refuses_changed_runs(tmp_path):
+    """A video encoder and four models that need it, on four clips as prepare.py writes them."""
+    for split in ("train", "valid", "test"):
+        clips, load = load_corpus("synthetic", split)
+        rows = [f"{clip.id},{clip.id}.mp4,{clip.frames},{clip.text}" for clip in clips[:4]]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["id,path,frames,text", *rows]))
+        for clip in clips[:4]:
+            prepare.write_video(tmp_path / f"{clip.id}.mp4", load(clip, "video"))
+            prepare.write_audio(tmp_path / f"{clip.id}.wav", load(clip, "audio"))
+
+    def study(*extra, ok=True):
+        line = f"--quick --seeds 1 --claims usage --name tiny --data {tmp_path} --runs {tmp_path} --out {tmp_path}/out"
+        whisper = json.dumps(WHISPER | {"d_model": 512})  # as wide as the study's video encoder
+        words = ["-m", "study.reproduce", *line.split(), "--audio-encoder", whisper, "--", "--llm", json.dumps(LLM)]
+        words += "--epochs 2 --clean-epochs 1 --max-frames 200 --workers 0 --device cpu --eval-snr".split()
+        command = [sys.executable, *words, "clean 0", *extra]
+        done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=600)
+        assert (done.returncode == 0) == ok, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    assert "0 runs are finished, 5 to train" in study()
+    encoder, dedr = (tmp_path / "tiny" / name for name in ("vsr-dedr-e4-k2-small-s0", "avsr-dedr-e4-k2-small-s0"))
+    results = json.loads((dedr / "results.json").read_text())
+    table = (tmp_path / "out" / "tiny.md").read_text()
+    assert f"| AVSR DEDR e4 k2 small | {results['wer']['clean']:.1f} | {results['wer']['0']:.1f} | – | 1 |" in table
+    weights = load_file(dedr / "model.safetensors")
+    count = lambda *parts: sum(x.numel() for name, x in weights.items() if name.startswith(parts))  # noqa: E731
+    sizes = {"trained": count("projector.", "audio_encoder.", "llm."), "projector": count("projector.")}
+    sizes["active"] = count("projector.gates.audio.") + 2 * count("projector.experts.audio.3.")
+    assert json.loads((dedr / "sizes.json").read_text()) == sizes
+    (dedr / "results.json").unlink()  # as if it had been killed
+    assert "4 runs are finished, 1 to train" in study()
+    assert json.loads((dedr / "results.json").read_text())["wer"] == results["wer"]
+    printed = study("--prompt", "now", ok=False)
+    assert f"error: {encoder}: trained with other arguments than asked for" in printed and "Traceback" not in printed

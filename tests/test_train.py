@@ -1,0 +1,476 @@
+"""train.py and tools/run.py: the loop is the plain loop, the gradient is exact, and a broken run goes on bit by bit."""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from common import AVHUBERT, LLM, WHISPER, close, small_batch, small_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import data
+import synthetic
+import train
+from data import collate, load_corpus, plan_run
+from eval import evaluate
+from model import LlamaSMoP, Losses
+from tools import prepare
+from tools import run as runs
+from tools.errors import InputError
+from tools.tokenizer import train_tokenizer
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+LIMIT = 600  # seconds that a command may take: one that hangs must not hold up the other tests
+TINY = (
+    "--llm", json.dumps(LLM), "--audio-encoder", json.dumps(WHISPER), "--video-encoder", json.dumps(AVHUBERT),
+    "--max-frames", 200, "--workers", 0, "--device", "cpu", "--clean-epochs", 1, "--eval-snr", "clean",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Twelve synthetic clips as real files with manifests, as prepare.py writes them."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for split, count in (("train", 12), ("valid", 3), ("test", 4)):
+        rows = ["id,path,frames,text"]
+        for name, frames, text in synthetic.corpus(split)[:count]:
+            prepare.write_video(folder / f"{name}.mp4", synthetic.render(name, "video"))
+            prepare.write_audio(folder / f"{name}.wav", synthetic.render(name, "audio"))
+            rows.append(f"{name},{name}.mp4,{frames},{text}")
+        (folder / f"{split}.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def train_here(folder, *arguments):
+    train.train(*train.parse_args(list(map(str, [*TINY, "--out", folder, *arguments]))))
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def run(*command, code=0):
+    """Run one of our scripts as a user does; returns what it printed."""
+    command = [sys.executable, *map(str, command)]
+    done = subprocess.run(command, cwd=ROOT, env=ENV, text=True, capture_output=True, timeout=LIMIT)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def torchrun(processes):
+    return "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes
+
+
+# --- the gradient of a step --------------------------------------------------------------------------------------
+
+
+def gradient_of(model, batches, weights):
+    """The gradient that train_steps takes, over the losses of several batches."""
+    model.zero_grad()
+    for items, weight in zip(batches, weights):
+        losses = model(collate(items))
+        (weight * losses.lm + losses.routing / len(batches)).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def uneven_clips():
+    """One long and three short transcripts, in the lengths of audio and in tokens."""
+    texts = ("lay blue at a one now set red by b two soon", "now", "set", "a")
+    return small_batch("asr", seconds=(1.6, 0.8, 0.6, 0.9), texts=texts)
+
+
+def plan_of(model, items, accumulate=1, rank=0, world=1, max_frames=40):
+    frames = [len(item["audio"]) // 640 for item in items]
+    tokens = model.count_tokens([item["text"] for item in items]).tolist()
+    return plan_run(frames, tokens, 1, max_frames, accumulate, rank=rank, world=world)
+
+
+def without_routing_losses():
+    return small_model("asr", num_experts=8, top_k=1, load_balancing_weight=0.0, router_z_weight=0.0)
+
+
+def test_accumulated_batches_have_the_gradient_of_one():
+    model, items = without_routing_losses(), uneven_clips()
+    (whole,) = plan_of(model, items, max_frames=1000)
+    (parts,) = plan_of(model, items, accumulate=4)
+    assert len(whole.batches) == 1 and whole.weights == [1.0] and len(parts.batches) > 1
+    expected = gradient_of(model, [[items[i] for i in whole.batches[0]]], whole.weights)
+    ours = gradient_of(model, [[items[i] for i in batch] for batch in parts.batches], parts.weights)
+    even = gradient_of(model, [[items[i] for i in b] for b in parts.batches], [1 / len(parts.batches)] * 9)
+    for name in expected:
+        close(ours[name], expected[name], rtol=1e-4, atol=1e-5)
+    assert max((even[name] - expected[name]).abs().max() for name in expected) > 1e-3  # the weights matter
+
+
+def _step(rank, folder):
+    """One of two processes."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    model, items = without_routing_losses(), uneven_clips()
+    (step,) = plan_of(model, items, accumulate=4, rank=rank, world=2)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    for i, (batch, weight) in enumerate(zip(step.batches, step.weights)):
+        wrapped.require_backward_grad_sync = i == len(step.batches) - 1
+        losses = wrapped(collate([items[j] for j in batch]))
+        (weight * losses.lm + losses.routing).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    torch.save((gradients, step.batches), f"{folder}/{rank}.pt")
+    del wrapped
+    dist.destroy_process_group()
+
+
+def test_two_processes_have_the_gradient_of_one(tmp_path):
+    torch.multiprocessing.spawn(_step, (str(tmp_path),), nprocs=2)
+    model, items = without_routing_losses(), uneven_clips()
+    expected, clips = gradient_of(model, [items], [1.0]), []
+    for rank in range(2):
+        gradients, batches = torch.load(tmp_path / f"{rank}.pt")
+        clips += [i for batch in batches for i in batch]
+        for name, gradient in gradients.items():
+            close(gradient, expected[name], rtol=1e-4, atol=1e-5)
+    assert sorted(clips) == [0, 1, 2, 3] and len(batches) > 1
+    assert any(
+        not g.any() for name, g in expected.items() if ".experts." in name
+    )  # an expert without tokens, under DDP
+
+
+def test_a_run_is_the_plain_loop_written_out(corpus, tmp_path, monkeypatch):
+    """AdamW on each step's gradient, clipped, at the scheduled rate; noise and masks from the second epoch on."""
+    honest, add_noise, seen, heard, noisy = LlamaSMoP.forward, data.add_noise, [], {}, []
+    flat = lambda tensors: torch.cat([x.detach().flatten() for x in tensors])  # noqa: E731
+
+    def forward(model, batch):
+        losses = honest(model, batch)
+        if model.training:
+            trained = [p for p in model.parameters() if p.requires_grad]
+            lm, routing = (
+                torch.autograd.grad(loss, trained, retain_graph=True, materialize_grads=True)
+                for loss in (losses.lm, losses.routing)
+            )
+            seen.append(
+                (flat(trained), model.count_tokens(batch["texts"]).sum(), losses.lm.detach(), flat(lm), flat(routing))
+            )
+            for name, audio in zip(batch["ids"], batch["audio"]):
+                heard.setdefault(name, []).append(audio.square().mean())
+        return losses
+
+    monkeypatch.setattr(LlamaSMoP, "forward", forward)
+    monkeypatch.setattr(data, "add_noise", lambda *args: noisy.append(args) or add_noise(*args))
+    train_here(tmp_path, "--data", corpus, "--max-frames", 100, "--accumulate", 3, "--epochs", 2)
+    assert noisy and all(len(energies) == 2 for energies in heard.values())
+    assert any(a != b for a, b in heard.values())
+    batches = len(seen) // 2
+    assert batches % 3  # the last step of an epoch has fewer batches
+    steps = [epoch[i : i + 3] for epoch in (seen[:batches], seen[batches:]) for i in range(0, batches, 3)]
+    start = seen[0][0]
+    weights = nn.Parameter(start.clone())
+    optimizer = torch.optim.AdamW([weights], betas=(0.9, 0.98), weight_decay=0.1)
+    logged = [line for line in metrics(tmp_path) if "lm" in line]
+    for i, (step, line) in enumerate(zip(steps, logged, strict=True)):
+        tokens = sum(n for _, n, *_ in step)
+        gradient = sum(n / tokens * lm + routing / len(step) for _, n, _, lm, routing in step)
+        close(sum(n / tokens * lm for _, n, lm, *_ in step), line["lm"])
+        close(gradient.norm(), line["grad_norm"])
+        weights.grad = gradient / max(gradient.norm(), 1)
+        optimizer.param_groups[0]["lr"] = 4e-4 * train.learning_rate(i, len(steps), 0.05)
+        optimizer.step()
+    monkeypatch.undo()
+    model = LlamaSMoP.load(tmp_path)
+    end = flat(p for p in model.parameters() if p.requires_grad)
+    assert (weights - end).norm() < 0.0015 * (end - start).norm()
+    clips, load = load_corpus(corpus, "valid")
+    dataset = data.ClipDataset(clips, load, model.modalities)
+    with torch.no_grad():
+        expected = model(collate([dataset[i] for i in range(len(clips))])).lm.item()  # all in one batch
+    assert metrics(tmp_path)[-1]["valid_lm"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_learning_rate_rises_then_falls_as_a_cosine():
+    rates = [train.learning_rate(step, 20, 0.1) for step in range(20)]
+    close(rates[:3] + rates[11:12] + rates[-1:], [0.5, 1.0, 1.0, 0.5, 0.5 * (1 + math.cos(math.pi * 17 / 18))])
+
+
+def test_pretrained_llms_have_the_published_recipe():
+    recipe = lambda *line: [getattr(train.parse_args(line)[0], x) for x in train.PUBLISHED]  # noqa: E731
+    assert recipe("--llm", "a/b") == [10, 0, 1500, 1e-3]
+    assert recipe("--llm", "a/b", "--task", "vsr", "--max-frames", "900") == [10, 0, 900, 5e-4]
+    assert recipe("--lr", "1e-4") == [6, 3, 320, 1e-4]
+
+
+# --- what goes wrong ---------------------------------------------------------------------------------------------
+
+
+def test_numbers_gone_bad_stop_the_run(corpus, tmp_path, monkeypatch):
+    """A loss that is no number, then a gradient without end: the clips are named, the checkpoint stays, and a lower rate
+    may go on from it."""
+    honest = LlamaSMoP.forward
+    faults = {"nan": lambda lm: lm * math.nan, "inf": lambda lm: lm + (lm - lm.detach()).sqrt()}
+    for name, fault in faults.items():
+        calls = []
+
+        def forward(model, batch):
+            calls.extend([batch["ids"]] * model.training)
+            losses = honest(model, batch)
+            return losses._replace(lm=fault(losses.lm)) if len(calls) > 5 else losses
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LlamaSMoP, "forward", forward)
+            with pytest.raises(
+                InputError, match="step 6: a loss or gradient is not finite.* --lr RATE.*clips of"
+            ) as stop:
+                train_here(tmp_path / name, "--data", corpus, "--task", "asr", "--save-every", 1, "--epochs", 4)
+        assert str(stop.value).endswith(", ".join(calls[-1])) and len(metrics(tmp_path / name)) >= 5
+        assert torch.load(tmp_path / name / "checkpoint.pt")["step"] == 5
+    train.train(*train.parse_args(["--resume", str(tmp_path / "nan"), "--lr", "1e-4"]))
+    rates = [line["lr"] for line in metrics(tmp_path / "nan") if "lr" in line]
+    assert rates[4] > 1e-4 >= max(rates[5:]) and (tmp_path / "nan" / "results.json").exists()
+
+
+def test_collapsed_router_is_warned_about(corpus, tmp_path, monkeypatch, capsys):
+    train_here(tmp_path / "mlp", "--data", corpus, "--epochs", 1, "--projector", "mlp", "--task", "vsr")
+    assert "a router has collapsed" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "mlp" / "results.json").read_text())["wer"].keys() == {"clean"}
+    import smop
+
+    route = smop.route
+    everything_to_two = lambda *args: route(*args)._replace(  # noqa: E731
+        experts=torch.tensor([1, 2]).expand_as(route(*args).experts)
+    )
+    monkeypatch.setattr(smop, "route", everything_to_two)
+    train_here(tmp_path / "dedr", "--data", corpus, "--epochs", 1)
+    assert capsys.readouterr().out.count("warning: a router has collapsed") == 2  # one a modality
+    assert metrics(tmp_path / "dedr")[-1]["usage"]["video"] == [0, 1, 1, 0]
+
+
+def test_a_bad_clip_ends_the_run_by_name(corpus, tmp_path):
+    """With workers, too, which must not outlive it."""
+    shutil.copytree(corpus, tmp_path / "corpus")
+    bad = sorted((tmp_path / "corpus").glob("train*.mp4"))[3]
+    bad.write_text("no media")
+    printed = run("train.py", *TINY, "--data", tmp_path / "corpus", "--workers", 2, "--out", tmp_path / "run", code=1)
+    assert printed.count("error: ") == 1 and f"error: {bad}: " in printed and "Traceback" not in printed
+
+
+def test_a_fault_of_ours_keeps_its_traceback(tmp_path):
+    fault = "import train; train.load_corpus = lambda *a: (_ for _ in ()).throw(ValueError('ours')); train.run_command(train.main)"
+    assert "Traceback" in run("-c", fault, "--out", tmp_path, code=1)
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        (("--audio-pool", 300), "train-0000: too short for audio pooling by 300; train-0001"),
+        (("--average", 3, "--epochs", 2), "--average 3 is more than --epochs 2"),
+        (("--task", "tts"), "--task must be one of asr, vsr, avsr, got 'tts'"),
+        (("--top-k", 5), "--top-k 5 is more than --num-experts 4"),
+        (("--epochs", 0), "--epochs must be above 0"),
+        (("--lr", "nan"), "--lr must be above 0, got nan"),
+        (("--eval-snr", ""), "--eval-snr is empty"),
+        (("--eval-snr", "loud"), "an SNR is clean or a number of dB between -100 and 100, got 'loud'"),
+        (("--device", "cpux"), "--device cpux: "),
+        (("--llm", '{"hidden_sise": 4}'), "LlamaConfig has no hidden_sise"),
+        (("--llm", "{"), "--llm: not valid JSON"),
+        (("--video-encoder", "nowhere.pt"), "nowhere.pt: no such checkpoint"),
+        (("--data", "nowhere"), "nowhere/train.csv: no such manifest"),
+    ],
+)
+def test_wrong_settings_are_refused_before_training(setting, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "load_noise", lambda *_: pytest.fail("work began"))
+    with pytest.raises(InputError, match=message):
+        train_here(tmp_path, *setting)
+
+
+# --- runs that are broken and go on ------------------------------------------------------------------------------
+
+
+def assert_same_run(a, b):
+    """Equal weights, losses and results, bit by bit."""
+    weights, others = (load_file(folder / "model.safetensors") for folder in (a, b))
+    assert weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
+    logs = [[{k: v for k, v in line.items() if k != "seconds_waited"} for line in metrics(folder)] for folder in (a, b)]
+    assert logs[0] == logs[1] and len(logs[0]) > 6
+    for name in ("results.json", "hypotheses.jsonl"):
+        assert (a / name).read_text() == (b / name).read_text()
+
+
+def wait_until(condition, process):
+    """Until the condition holds, while the process lives; it is killed where that takes too long."""
+    begin = time.time()
+    while not condition():
+        if process.poll() is not None or time.time() - begin > LIMIT:
+            process.kill()
+            pytest.fail(f"the process ended with {process.wait()} before it was to be disturbed")
+        time.sleep(0.005)
+
+
+def test_a_broken_run_goes_on_bit_by_bit(corpus, tmp_path):
+    """Killed within an epoch, interrupted twice, and continued by the same command: it equals an unbroken one."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    common = ("train.py", *TINY, "--data", corpus, "--save-every", 1, "--average", 2, "--epochs", 8,
+              "--eval-snr", "clean 0")  # fmt: skip
+    run(*common, "--out", whole)
+    command = [sys.executable, *map(str, (*common, "--workers", 2, "--out", broken))]  # workers change nothing
+    process = subprocess.Popen(command, cwd=ROOT, env=ENV)
+    log = broken / "metrics.jsonl"
+    wait_until(lambda: log.exists() and len(log.read_text().splitlines()) >= 8, process)
+    with pytest.raises(InputError, match="broken: another process is training this run"):
+        runs.RunFolder(broken).begin({})
+    process.kill()
+    process.wait()
+    assert not (broken / "results.json").exists()
+    for number in (signal.SIGINT, signal.SIGTERM):  # to the workers, too, as a terminal and a batch system send them
+        lines = len(log.read_text().splitlines())
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        wait_until(lambda: len(log.read_text().splitlines()) >= lines + 3, process)
+        os.killpg(process.pid, number)
+        printed = process.communicate(timeout=LIMIT)[0]
+        assert f"interrupted; the same command goes on, as does: python train.py --resume {broken}" in printed
+        step = torch.load(broken / "checkpoint.pt")["step"]
+        assert process.returncode == 130 and step == metrics(broken)[-1]["step"]  # not a step is lost
+    assert "an interrupted run with other arguments (lr 0.0004, now 0.1)" in run(*command[1:], "--lr", 0.1, code=1)
+    assert "drop --epochs" in run("train.py", "--resume", broken, "--epochs", 9, code=1)
+    run(*command[1:])
+    assert_same_run(whole, broken)
+    assert "a finished run; --overwrite deletes it and starts anew" in run(*command[1:], code=1)
+
+    first, second = map(load_file, whole.glob("epoch-*.safetensors"))  # --average 2
+    for name, x in load_file(whole / "model.safetensors").items():
+        close(x.double(), (first[name].double() + second[name].double()).div(2).to(x).double())
+    before = [(whole / name).read_text() for name in ("results.json", "hypotheses.jsonl")]
+    run("eval.py", whole, "--snr", "clean", "0", "--device", "cpu")
+    assert before == [(whole / name).read_text() for name in ("results.json", "hypotheses.jsonl")]
+
+
+def test_a_run_that_goes_on_keeps_its_tokens_and_its_clips(corpus, tmp_path, monkeypatch):
+    shutil.copytree(corpus, tmp_path / "corpus")
+    stop = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
+    command = ("--data", tmp_path / "corpus", "--task", "asr", "--epochs", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_here(tmp_path / "run", *command)
+    manifest = tmp_path / "corpus" / "train.csv"
+    manifest.write_text(manifest.read_text().replace("bee", "tee").replace("pea", "tee"))
+    with pytest.raises(InputError, match=r"run: begun with train split \(checksum\) \d+, which is now \d+"):
+        train_here(tmp_path / "run", *command)
+    shutil.copy(corpus / "train.csv", manifest)
+    monkeypatch.setattr(train, "train_tokenizer", lambda *_: pytest.fail("the tokenizer is in the run folder"))
+    train_here(tmp_path / "run", *command)
+    monkeypatch.setattr(train, "train_tokenizer", train_tokenizer)
+    train_here(tmp_path / "run", *command, "--epochs", 1, "--overwrite")
+    assert metrics(tmp_path / "run")[-1]["epoch"] == 0
+
+
+DIE_WRITING = """
+import os, torch, train
+whole = torch.save
+def half(state, path):
+    whole(state, path)
+    if state["step"] % 3 == 2:
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), 9)
+torch.save = half
+train.main()
+"""
+
+
+@pytest.mark.slow
+def test_twenty_kills_cost_nothing(corpus, tmp_path):
+    """Killed at random moments of training, while a checkpoint is being written, and in the evaluation."""
+    dropout = json.dumps(AVHUBERT | {"dropout": 0.2})
+    common = ("train.py", *TINY, "--data", corpus, "--video-encoder", dropout, "--workers", 1, "--max-frames", 100,
+              "--epochs", 60, "--average", 2, "--save-every", 1, "--eval-snr", "clean 5 0 -5")  # fmt: skip
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(*common, "--out", whole)
+    rng = random.Random(0)
+    command = [*map(str, common), "--out", str(broken)]
+    for when in rng.sample(["parameters trained"] * 12 + ["a write"] * 4, 16) + ["evaluating"] * 4:
+        if when == "a write":
+            done = subprocess.run([sys.executable, "-c", DIE_WRITING, *command[1:]], cwd=ROOT, env=ENV)
+            assert done.returncode == -signal.SIGKILL and (broken / "checkpoint.pt.partial").exists()
+        else:
+            with open(tmp_path / "printed", "w") as printed:
+                process = subprocess.Popen([sys.executable, "-u", *command], cwd=ROOT, env=ENV, stdout=printed)
+            wait_until(lambda: when in (tmp_path / "printed").read_text(), process)
+            time.sleep(rng.uniform(0, 0.3))
+            assert process.poll() is None
+            process.kill()
+            process.wait()
+    assert not (broken / "results.json").exists()
+    run(*command)
+    assert_same_run(whole, broken)
+
+
+def test_two_processes_train_go_on_and_evaluate(corpus, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    dropout = json.dumps(AVHUBERT | {"dropout": 0.2})  # LayerDrop, too: each process draws its own
+    command = (*torchrun(2), "train.py", *TINY, "--data", corpus, "--video-encoder", dropout, "--epochs", 4, "--average", 2,
+               "--max-frames", 100, "--save-every", 1, "--eval-snr", "clean 0", "--out", whole)  # fmt: skip
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=ENV)
+    wait_until(lambda: (whole / "checkpoint.pt").exists() and len(metrics(whole)) >= 3, process)
+    broken.mkdir()  # as a killed run leaves it: the log is never behind the checkpoint
+    for path in [
+        *whole.glob("*.json"),
+        whole / "checkpoint.pt",
+        whole / "metrics.jsonl",
+        *whole.glob("epoch-*.safetensors"),
+    ]:
+        shutil.copy(path, broken)
+    assert process.wait(LIMIT) == 0
+    run(*torchrun(2), "train.py", "--resume", broken)
+    assert_same_run(whole, broken)
+    assert [m["step"] for m in metrics(whole) if "lr" in m] == list(range(1, 1 + metrics(whole)[-1]["step"]))
+
+    run(*torchrun(2), "eval.py", whole, "--data", "synthetic", "--split", "valid", "--device", "cpu", "--out", tmp_path)
+    for folder, source, split in ((whole, corpus, "test"), (tmp_path, "synthetic", "valid")):  # one batch and several
+        results, hypotheses = evaluate(LlamaSMoP.load(whole), *load_corpus(source, split))
+        lines = [json.loads(line) for line in open(folder / "hypotheses.jsonl")]
+        assert [line for line in lines if line["snr"] == "clean"] == hypotheses
+        theirs = json.loads((folder / "results.json").read_text())
+        assert theirs["wer"]["clean"] == results["wer"]["clean"] and theirs["clips"] == results["clips"]
+        for modality in ("audio", "video"):
+            close(theirs["routing"][modality]["usage"], results["routing"][modality]["usage"], atol=2e-4)
+
+
+def test_full_disk_keeps_the_previous_file(tmp_path):
+    resource = pytest.importorskip("resource", reason="no limits on this system")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for write in (torch.save, save_file):
+        runs.write_atomically(tmp_path / "a", lambda path: write({"x": torch.zeros(9)}, path))
+        before = (tmp_path / "a").read_bytes()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        try:
+            with pytest.raises(
+                InputError, match="a: could not be written, is the disk full. .*; the previous one is kept"
+            ):
+                runs.write_atomically(tmp_path / "a", lambda path: write({"x": torch.zeros(99_999)}, path))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert (tmp_path / "a").read_bytes() == before and os.listdir(tmp_path) == ["a"]
+    with pytest.raises(InputError, match=r"nowhere/a: could not be written \(.*No such file") as error:
+        runs.write_atomically(tmp_path / "nowhere" / "a", lambda path: path.write_text("text"))
+    assert "is the disk full" not in str(error.value)
+
+
+def test_run_folders_of_another_version_are_refused(tmp_path):
+    args = json.loads(json.dumps(train.Args().__dict__ | {"experts": 4}))
+    del args["num_experts"], args["snrs"]
+    (tmp_path / "args.json").write_text(json.dumps(args))
+    with pytest.raises(InputError, match="args.json: of another version .* experts, num_experts"):
+        train.parse_args(["--resume", str(tmp_path)])
+
+
+def test_losses_of_a_step_add_up():
+    losses = Losses(*map(torch.tensor, (1.0, 0.25, 4.0, 9.0)))
+    assert losses.total == 1.25

@@ -1,0 +1,126 @@
+"""tools/transcribe.py: long clips are cut at pauses, good clips become text, bad ones are refused by name."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from common import ROOT, SHARED, needs_shared, small_model
+
+from data import collate, crop_video, transform_audio
+from model import LlamaSMoP
+from tools import prepare, transcribe
+from tools.errors import InputError
+from tools.media import load_audio, load_video, video_frames
+
+TALK = SHARED / "grid" / "video" / "pgak2n.mp4"
+
+
+def speech(seconds, pauses=(), rng=np.random.default_rng(0)):
+    """Noise with silent stretches (start, end) in seconds."""
+    audio = rng.normal(0, 0.1, round(seconds * 16000)).astype(np.float32)
+    for start, end in pauses:
+        audio[round(start * 16000) : round(end * 16000)] = 0
+    return audio
+
+
+def write_picture(path, seconds, size=96):
+    level = np.linspace(40, 200, round(25 * seconds)).astype(np.uint8)
+    prepare.write_video(path, np.broadcast_to(level[:, None, None], (len(level), size, size)))
+    return path
+
+
+def transcribe_clips(*arguments):
+    """(exit status, what was printed, the lines that are JSON) of the command as a user runs it."""
+    command = [sys.executable, "-m", "tools.transcribe", *map(str, arguments), "--device", "cpu"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=600)
+    assert "Traceback" not in done.stderr, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return done.returncode, done.stdout + done.stderr, lines
+
+
+def test_long_clips_are_cut_at_pauses():
+    pauses = [(9, 9.4), (22, 22.4), (29.5, 29.9), (50, 50.4), (79, 79.4)]
+    cuts = transcribe.find_cuts(2150, speech(86, pauses))
+    assert all(any(a <= cut / 25 <= b for a, b in pauses) for cut in cuts[1:-1])
+    assert cuts[0] == 0 and cuts[-1] == 2150 and len(cuts) == 5
+    for frames in (1, 50, 51, 75, 749, 750, 751, 775, 1501, 5000):
+        for audio in (None, speech(frames / 25)):
+            for longest in (50, 750):
+                pieces = np.diff(transcribe.find_cuts(frames, audio, longest))
+                assert pieces.sum() == frames and pieces.max() <= longest and (frames == 1 or pieces.min() >= 25)
+    assert transcribe.find_cuts(1501) == [0, 500, 1001, 1501]
+
+
+def test_long_clip_is_its_pieces(tmp_path, monkeypatch):
+    """A silent piece is empty; the others are what they are by themselves, sound and lips cut at the same places."""
+    monkeypatch.setattr(prepare, "find_mouths", load_video)
+    model = small_model().eval()
+    generate = model.generate
+    model.generate = lambda batch, num_beams: generate(batch, num_beams, max_new_tokens=6)
+    clip = write_picture(tmp_path / "long.mp4", 80)
+    prepare.write_audio(tmp_path / "long.wav", speech(80, [(20, 20.5), (29, 60)]))
+    segments = transcribe.transcribe(model, clip)
+    cuts = [0.0, *(s["end"] for s in segments)]
+    assert [s["start"] for s in segments] == cuts[:-1] and cuts[-1] == 80 and "" in [s["text"] for s in segments]
+    audio, mouths = load_audio(tmp_path / "long.wav"), load_video(clip)
+    for segment in segments:
+        frames = slice(round(25 * segment["start"]), round(25 * segment["end"]))
+        piece = audio[640 * frames.start : 640 * frames.stop]
+        item = {"id": "a", "text": "", "audio": transform_audio(piece), "video": crop_video(mouths[frames])}
+        assert segment["text"] == (model.generate(collate([item]), 1)[0] if piece.any() else "")
+    assert any(s["text"] for s in segments)
+    prepare.write_audio(tmp_path / "long.wav", speech(82))
+    with pytest.raises(InputError, match="long.mp4: 82.0 s of sound, but 80.0 s of video"):
+        transcribe.transcribe(model, clip)
+
+
+def test_good_and_bad_clips(tmp_path):
+    small_model("asr").save(tmp_path / "run")
+    write_picture(tmp_path / "mute.mp4", 1)
+    prepare.write_audio(tmp_path / "silent.wav", np.zeros(16000))
+    (tmp_path / "text.mp4").write_text("no media")
+    write_picture(tmp_path / "good.mp4", 1)
+    prepare.write_audio(tmp_path / "good.wav", speech(1))  # beside a video without sound: heard
+    faults = {
+        "mute.mp4": "no audio track",
+        "silent.wav": "silent, no sound",
+        "text.mp4": "not a readable",
+        "none.mp4": "no such file",
+    }
+    clips = [tmp_path / name for name in (*faults, "good.mp4")]
+    code, printed, lines = transcribe_clips(tmp_path / "run", *clips, "--json")
+    assert code == 1 and [line["clip"] for line in lines] == list(map(str, clips))
+    for line, message in zip(lines, faults.values()):
+        assert f"{line['clip']}: {message}" in line["error"] and f"error: {line['error']}" in printed
+    assert lines[-1].keys() == {"clip", "text", "segments"} and lines[-1]["segments"][0]["end"] == 1
+    code, printed, _ = transcribe_clips(tmp_path / "run", clips[-1])
+    assert code == 0 and f"{clips[-1]}\t{lines[-1]['text']}\n" in printed
+
+
+def test_our_own_faults_keep_their_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr(LlamaSMoP, "load", lambda folder: small_model("asr"))
+    monkeypatch.setattr(transcribe, "transcribe", lambda *_: 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["transcribe", "run", "talk.mp4", "--device", "cpu"])
+    with pytest.raises(ZeroDivisionError):
+        transcribe.main()
+
+
+@needs_shared
+def test_the_mouth_is_found(tmp_path):
+    pytest.importorskip("dlib", reason="dlib is not installed: pip install -r requirements-extra.txt")
+    small_model("vsr").save(tmp_path / "run")
+    prepare.write_sheet(tmp_path / "still.png", [next(video_frames(TALK))], columns=1)
+    write_picture(tmp_path / "frame.mp4", 0.04)
+    write_picture(tmp_path / "faceless.mp4", 1, size=256)
+    write_picture(tmp_path / "mouth.mp4", 1)
+    clips = [TALK, *(tmp_path / name for name in ("still.png", "frame.mp4", "faceless.mp4", "mouth.mp4"))]
+    code, printed, lines = transcribe_clips(tmp_path / "run", *clips, "--json")
+    assert code == 1 and lines[0]["text"] and lines[0]["segments"][0]["end"] == 3
+    messages = ["a still picture", "a still picture, or one frame", *["no face in any of 25 frames"] * 2]
+    for line, message in zip(lines[1:], messages):
+        assert f"{line['clip']}: {message}" in line["error"]
+    assert "already" in lines[-1]["error"] and "already" not in lines[-2]["error"]
