@@ -52,9 +52,15 @@ def load_corpus(data, split, allow_empty=False):
     """(clips, load) of one split: `data` is "synthetic" or a folder with SPLIT.csv; load(clip, modality) reads one.
     allow_empty: clips without speech, whose transcript is empty, are no fault."""
     if data == "synthetic":
+        if split not in SPLITS:
+            raise InputError(f"the synthetic corpus has the splits {', '.join(SPLITS)}, not {split!r}")
         clips = [Clip(name, None, frames, text) for name, frames, text in synthetic.corpus(split)]
-        return clips, lambda clip, modality: synthetic.render(clip.id, modality)
+        return clips, load_synthetic
     return read_manifest(Path(data) / f"{split}.csv", allow_empty), load_media
+
+
+def load_synthetic(clip, modality):
+    return synthetic.render(clip.id, modality)
 
 
 def read_manifest(path, allow_empty=False):
@@ -216,7 +222,7 @@ def make_babble(clips, load, seconds=30, voices=20, seed=0):
 
 
 class ClipDataset(Dataset):
-    """Clips as dicts: id, text, and of `modalities` audio (S,) float32 and video (T, 88, 88) uint8.
+    """A clip is a dict with id, text and, for each of `modalities`, audio (S,) float32 or video (T, 88, 88) uint8.
 
     dataset[i] is clip i as it is evaluated: nothing is random but the stretch of `noise` added at `snr` dB (None:
     clean), which is drawn from the clip's id.
@@ -268,12 +274,12 @@ def collate(items):
 
 
 def pack(frames, max_frames, rng=None, world=1):
-    """Batches [[clip, ...], ...] of clips of similar length, with at most `max_frames` video frames a process, padding
-    included (a longer clip makes a batch by itself; the last one joins the batch before where it has too few clips for
-    all processes). No clip is lost or repeated.
+    """Batches [[clip, ...], ...] of clips of similar length, each with at most `max_frames` video frames per process,
+    padding included. A longer clip is a batch by itself. A last batch with fewer clips than processes joins the
+    one before it. Every clip appears once.
 
-    With `rng`, lengths are drawn up to 5 % off before they are sorted, which decides who shares a batch, and the batches
-    are shuffled.
+    With `rng`, each length is changed by up to 5 % before the clips are sorted, so that other clips share a batch in each
+    epoch, and the batches are shuffled.
     """
     if world > len(frames):
         raise InputError(f"{len(frames)} clips cannot be shared by {world} processes")

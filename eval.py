@@ -6,8 +6,8 @@
     torchrun --standalone --nproc_per_node 4 eval.py RUN     # several GPUs: the same results
 
 Needs the run folder, and what it names: the corpus and the pretrained parts. Writes into it, in place of the training's
-results, or into --out: `results.json`, `times.json` and `hypotheses.jsonl` (snr, id, reference, hypothesis). Noise is
-drawn from each clip's id, so all but the times repeats exactly.
+results, or into --out: `results.json`, `times.json` and `hypotheses.jsonl` (snr, id, reference, hypothesis). Noise
+depends only on the clip's id, not on the training's seed: all but the times repeats exactly.
 """
 
 import argparse
@@ -64,18 +64,18 @@ def evaluate(model, clips, load, noise=None, snrs=(None,), num_beams=1, max_fram
     start = time.time()
     rank, world = runs.rank_and_world()
     batches = pack([clip.frames for clip in clips], max_frames)[rank::world]
-    wer, interval, endless, hypotheses = {}, {}, {}, []  # endless: transcripts cut at their largest length
+    wer, interval, cut, hypotheses = {}, {}, {}, []  # cut: how many transcripts reached their largest length
     for snr in snrs:
         dataset = ClipDataset(clips, load, model.modalities, noise=noise, snr=snr)
         loader = make_loader(dataset, batches, workers, model.device.type == "cuda")
-        texts, cut = [], []
+        texts, cut_ids = [], []
         with record_routing(model) as routings:
             for batch in tqdm(loader, f"decode {name_snr(snr)}", unit="batch", leave=False, disable=rank > 0):
                 ids = model.generate_ids(batch, num_beams)
                 texts += zip(batch["ids"], model.decode(ids))
                 lengths = (ids.cpu() == model.tokenizer.eos_token_id).int().argmax(1)  # tokens before EOS
-                cut += [name for name, end in zip(batch["ids"], lengths >= model.most_tokens(batch)) if end]
-        texts, endless[name_snr(snr)] = dict(runs.gather(texts)), len(runs.gather(cut))
+                cut_ids += [name for name, end in zip(batch["ids"], lengths >= model.most_tokens(batch)) if end]
+        texts, cut[name_snr(snr)] = dict(runs.gather(texts)), len(runs.gather(cut_ids))
         if snr == snrs[0]:
             routing = routing_statistics(runs.gather(routings))
         lines = [{"id": clip.id, "reference": clip.text, "hypothesis": texts[clip.id]} for clip in clips]
@@ -87,7 +87,7 @@ def evaluate(model, clips, load, noise=None, snrs=(None,), num_beams=1, max_fram
     results = {name: model.config[name] for name in ("task", "projector", "num_experts", "top_k")} | {
         "wer": wer,
         "wer_95": interval,
-        "cut": endless,
+        "cut": cut,
         "clips": len(clips),
         "num_beams": num_beams,
         "scoring": "lower case" + ", NFC, no punctuation" * normalize,
@@ -190,7 +190,9 @@ def report(results, hypotheses, folder):
     print(f"{'SNR (dB)':>9} {'WER (%)':>8}  95 % interval, scored in {results['scoring']}")
     for snr, wer in results["wer"].items():
         cut = results["cut"][snr]
-        print(f"{snr:>9} {wer:8.2f}  {results['wer_95'][snr]}{f'  ({cut} transcripts cut: endless)' if cut else ''}")
+        print(
+            f"{snr:>9} {wer:8.2f}  {results['wer_95'][snr]}{f'  ({cut} transcripts reached the length limit)' if cut else ''}"
+        )
     for modality, statistics in results["routing"].items():
         print(f"{modality}: experts chosen by {statistics['usage']} of the tokens, entropy {statistics['entropy']}")
 

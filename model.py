@@ -92,10 +92,10 @@ class LlamaSMoP(nn.Module):
         projector             everything                   everything
         Llama                 LoRA on q and v              everything
 
-        where padding is masked, each in one line
-        sound, samples        encode_audio: set to 0       Whisper with "clip"    encode's mask
-        video, frames         AVHubertEncoder's mask       router, experts, losses    smop.mix
-        the LLM's input       embed: attention mask        the transcript's loss  IGNORE labels
+    The rows of the added tokens are random and stay so with a pretrained LLM. Whisper's positions are never trained.
+
+    Padding is masked in encode_audio (samples set to 0), whisper_encoder.encode (with "clip"), AVHubertEncoder, project
+    (tokens: for the mixture and its losses), embed (attention mask) and token_ids (labels: for the transcripts' loss).
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class LlamaSMoP(nn.Module):
         With texts (training) rows are padded on the right, without (generation) on the left.
         """
         features, counts, routing = self.project(batch)
-        ids, labels = (x.to(self.device) for x in self.token_ids(counts, texts))
+        ids, labels = (x.to(self.device, non_blocking=True) for x in self.token_ids(counts, texts))
         embeddings = self.llm.get_input_embeddings()(ids.clamp(min=0))  # (B, L, D)
         for modality, x in features.items():
             embeddings[ids == SLOT[modality]] = x.to(embeddings.dtype)
@@ -245,7 +245,7 @@ class LlamaSMoP(nn.Module):
 
     def mask_of(self, lengths, size):
         """(B, size) bool, True for the first `lengths` (B,) of each row."""
-        return torch.arange(size, device=self.device) < lengths.to(self.device)[:, None]
+        return torch.arange(size, device=self.device) < lengths.to(self.device, non_blocking=True)[:, None]
 
     # --- generation ----------------------------------------------------------------------------------------------
 
@@ -257,8 +257,8 @@ class LlamaSMoP(nn.Module):
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def most_tokens(self, batch):
-        """How many tokens the transcript of each clip may have, (B,): 1.5 times what the fastest speech of the train split
-        would have, and 10 more. On speech unlike its training a model may repeat itself without end."""
+        """The largest number of tokens of each transcript, (B,): 1.5 times what the fastest training speech would need, plus
+        10. A model may repeat itself endlessly on unfamiliar speech."""
         lengths, rate = batch[f"{self.modalities[0]}_lengths"].cpu(), self.config["tokens_per_second"]
         if rate is None:  # not trained by train.py
             return torch.full_like(lengths, MAX_NEW_TOKENS)
@@ -274,7 +274,7 @@ class LlamaSMoP(nn.Module):
         transformers' `generate` would run it once a beam.
         """
         limit, ends = max_new_tokens, []
-        if max_new_tokens is None:
+        if limit is None:
             most = self.most_tokens(batch).to(self.device)
             limit, ends = (
                 int(most.max()) + 1,
@@ -330,9 +330,9 @@ class LlamaSMoP(nn.Module):
 
         def move(x):
             moved, frozen = fn(x), isinstance(x, nn.Parameter) and not x.requires_grad and x.ndim > 1
-            if frozen and moved.device.type == "cuda":
+            if frozen and moved.is_cuda:
                 return moved.bfloat16()
-            return moved.float() if frozen and moved.dtype == torch.bfloat16 else moved
+            return moved.float() if frozen and x.is_cuda else moved  # back from a GPU
 
         return super()._apply(move, recurse)
 

@@ -10,7 +10,7 @@ with `num_experts`, arithmetic only with `top_k`.
     projector = MultimodalSMoP({"audio": 512, "video": 1024}, dim_out=2048, config="DEDR")
     y, routing = projector({"audio": xa, "video": xv}, masks={"audio": ma, "video": mv})        # losses as above
 
-To know when you copy it:
+Notes for those who copy it:
 - Add the two losses to your own loss. They are means over the real tokens of the batch at hand, as in Switch
   Transformers; with several processes, each has those of its own batch.
 - An expert ends in a LayerNorm, so outputs have a scale of about 1; an LLM's embeddings are far smaller.
@@ -68,18 +68,19 @@ def make_expert(dim_in, dim_out, dim_hidden):
 
 
 def mix(x, mask, gate, experts, top_k, renormalize):
-    """The mixture: x (..., D) -> (y (..., O), Routing). Padding stops here: no router, expert or loss meets it, whatever
-    it holds, and it gives zeros."""
+    """The mixture: x (..., D) -> (y (..., O), Routing). Padding is removed before the router and the experts, so outputs
+    and losses do not depend on it. Its own output is 0."""
     if mask is None:
         mask = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
     if mask.shape != x.shape[:-1] or mask.dtype != torch.bool:
         got = f"mask {mask.dtype} {tuple(mask.shape)} for x {tuple(x.shape)}"
         raise ValueError(f"{got}: bool {tuple(x.shape[:-1])} expected")
-    tokens = x[mask]  # (N, D)
+    real = torch.where(mask)  # indices: a mask would make a GPU wait at each use
+    tokens = x[real]  # (N, D)
     routing = route(tokens, gate, top_k, renormalize)
     projected = combine(tokens, routing, experts)  # (N, O)
     y = projected.new_zeros(*mask.shape, projected.shape[-1])
-    y[mask] = projected
+    y[real] = projected
     return y, routing  # (..., O)
 
 

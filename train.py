@@ -122,9 +122,11 @@ class Args:
                 setattr(self, name, value)
         if self.task not in MODALITIES:
             raise InputError(f"--task must be one of {', '.join(MODALITIES)}, got {self.task!r}")
-        for name in "num_experts top_k audio_pool video_pool epochs lr clip_grad max_frames accumulate average".split():
+        for name in "num_experts top_k audio_pool video_pool epochs lr clip_grad max_frames accumulate average num_beams".split():
             if not getattr(self, name) > 0:
                 raise InputError(f"--{flag(name)} must be above 0, got {getattr(self, name)}")
+        if self.workers < 0:
+            raise InputError(f"--workers must be at least 0, got {self.workers}")
         for name, most in (("top_k", "num_experts"), ("average", "epochs")):
             if getattr(self, name) > getattr(self, most) and (name, self.projector.lower()) != ("top_k", "mlp"):
                 raise InputError(
@@ -199,7 +201,8 @@ def learning_rate(step, steps, warmup):
 
 
 def train_steps(model, optimizer, plan, done, batches, valid, run, args):
-    """The steps plan[done:]. `batches` yields their batches in order and, after each epoch, `valid` of the valid split."""
+    """Run the steps that remain, plan[done:]. `batches` yields each step's batches in order and, after each epoch, `valid`
+    batches of the valid split."""
     wrapped = runs.distribute(model, unused="video" in model.modalities and is_trained(model.video_encoder))
     trained = optimizer.param_groups[0]["params"]
     bar = tqdm(total=len(plan), initial=done, unit="step", disable=not run.writes)
@@ -211,7 +214,7 @@ def train_steps(model, optimizer, plan, done, batches, valid, run, args):
                 batch = next(batches)
                 runs.seed_step(args.seed, number, i)
                 last = i == len(step.weights) - 1
-                wrapped.require_backward_grad_sync = last  # several processes exchange gradients once a step
+                wrapped.require_backward_grad_sync = last  # read by DDP: processes exchange gradients once a step
                 losses = wrapped(batch)
                 # The step's loss: the mean over all its transcript tokens, and the mean of its batches' routing losses.
                 part = Losses(weight * losses.lm, *(loss / len(step.weights) for loss in losses[1:]))
@@ -251,11 +254,11 @@ def end_epoch(model, epoch, step, batches, run, args):
     """Loss and routing on the valid split, clean; `batches` are this process's share of it."""
     runs.share_state(model)
     model.eval()
-    lm, tokens = torch.zeros(2, dtype=torch.double)
+    lm, tokens = torch.zeros(2, device=model.device)
     with record_routing(model) as routings:
         for batch in batches:
-            count = model.count_tokens(batch["texts"]).sum()
-            lm, tokens = lm + count * model(batch).lm.double().cpu(), tokens + count
+            count = int(model.count_tokens(batch["texts"]).sum())
+            lm, tokens = lm + count * model(batch).lm, tokens + count
     means = runs.mean_over_processes({"lm": lm, "tokens": tokens})
     routings = runs.gather(routings)
     usage = {modality: x["usage"] for modality, x in routing_statistics(routings).items()}

@@ -140,7 +140,9 @@ def load_audio(path):
         if abs(late) > MAX_GAP:
             raise InputError(f"{path}: sound and picture start {late:.0f} s apart")
         pieces = []  # (at which sample it starts, its samples)
-        for (time, *_), frames in groupby(runs(container.decode(stream), start, late, path), lambda pair: pair[0]):
+        for (time, *_), frames in groupby(
+            continuous_runs(container.decode(stream), start, late, path), lambda pair: pair[0]
+        ):
             resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
             frames = chain((frame for _, frame in frames), [None])  # None flushes the resampler
             chunks = [out.to_ndarray()[0] for frame in frames for out in resampler.resample(frame)]
@@ -157,7 +159,7 @@ def load_audio(path):
     return samples
 
 
-def runs(frames, start, end, path):
+def continuous_runs(frames, start, end, path):
     """Yield (run, frame): a run, named by its start in seconds and its format, has one format and no hole. It starts
     at `end`, in seconds after `start`, unless its timestamp differs by more than MAX_DRIFT."""
     run = None

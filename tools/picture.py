@@ -40,14 +40,16 @@ def draw_clip(model, clip, item, hypothesis, path, words=()):
             ax.imshow(mel, origin="lower", aspect="auto", extent=(0, seconds, 0, 1), cmap="magma")
         else:
             for start, end, word in words:
-                ax.text((start + end) / 2, 0.4, word, ha="center", va="center")
+                ax.text((start + end) / 2, 0.4, word, ha="center", va="center", parse_math=False)
                 ax.vlines((start, end), 0, 1, color="0.6", linewidth=0.6)
             ax.set(ylim=(0, 1))
         ax.spines[:].set_visible(False)
     axes[-1, 0].set(
         xlim=(0, seconds), xlabel=f"seconds; colours: each token's expert of largest weight, of {experts_of(model)}"
     )
-    axes[0, 0].set_title(f"said: {shorten(clip.text, 90)}\nread: {shorten(hypothesis, 90)}", loc="left", fontsize=10)
+    axes[0, 0].set_title(
+        f"said: {shorten(clip.text, 90)}\nread: {shorten(hypothesis, 90)}", loc="left", fontsize=10, parse_math=False
+    )
     fig.savefig(path, dpi=130)
     plt.close(fig)
 

@@ -51,7 +51,8 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = hold(self.path)  # until this process ends
         if overwrite:
-            for file in (self.checkpoint, self.metrics, self.path / "results.json", *self.path.glob("epoch-*")):
+            names = "results.json times.json hypotheses.jsonl clip.png config.json model.safetensors".split()
+            for file in (self.checkpoint, self.metrics, *(self.path / x for x in names), *self.path.glob("epoch-*")):
                 file.unlink(missing_ok=True)
         if (self.path / "results.json").exists():
             raise InputError(
@@ -62,7 +63,7 @@ class RunFolder:
             other = [
                 f"{name} {old.get(name)}, now {args.get(name)}"
                 for name in old | args
-                if old.get(name) != args.get(name)
+                if name != "out" and old.get(name) != args.get(name)
             ]
             if other:
                 raise InputError(
@@ -84,9 +85,9 @@ class RunFolder:
             dist.barrier()
 
     def restore(self, model, optimizer):
-        """The number of steps done, with the weights and the optimiser as they were then; 0 without a checkpoint.
+        """Load the checkpoint into model and optimizer; return the number of steps done, 0 without a checkpoint.
 
-        What was logged after it is forgotten: it will be logged again.
+        Later lines of the log are dropped, because those steps run again.
         """
         if not self.checkpoint.exists():
             return 0
@@ -166,8 +167,10 @@ class Signals:
         self.set(self.note)
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, error, *_):
         self.set(signal.default_int_handler)
+        if self.count and error is None:  # it came after the last step
+            raise KeyboardInterrupt
 
     def set(self, handler):
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -255,7 +258,7 @@ def seed_step(seed, step, batch):
 def mean_over_processes(values):
     """{name: float}, the means over all processes of {name: scalar tensor}. Waits once for a GPU."""
     device = next(iter(values.values())).device
-    stacked = torch.stack([x.detach().double().to(device) for x in values.values()])
+    stacked = torch.stack([x.detach().float().to(device, non_blocking=True) for x in values.values()])
     if dist.is_initialized():
         dist.all_reduce(stacked)
         stacked = stacked / dist.get_world_size()
