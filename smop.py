@@ -11,8 +11,8 @@ with `num_experts`, arithmetic only with `top_k`.
     y, routing = projector({"audio": xa, "video": xv}, masks={"audio": ma, "video": mv})        # losses as above
 
 Notes for those who copy it:
-- Add the two losses to your own loss. They are means over the real tokens of the batch at hand, as in Switch
-  Transformers; with several processes, each has those of its own batch.
+- Add the two losses to your own loss. They are means over the real tokens of the batch, as in Switch Transformers; each
+  of several processes has those of its batch.
 - An expert ends in a LayerNorm, so outputs have a scale of about 1; an LLM's embeddings are far smaller.
 - What modalities share needs features of equal width.
 - An expert without tokens still takes part, with gradients of 0: DistributedDataParallel just works.

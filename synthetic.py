@@ -40,7 +40,7 @@ PHONES = {
     "_": ((0.05, 0.55, 0.0, 0.0), (500, 1500, 0.0, 0.0, 1000)),  # silence
 }
 # A matrix of words, as in tests of hearing and in GRID: a sentence takes one word of each row, in this order. The words
-# of a row differ in the first consonant alone.
+# of a row differ only in the first consonant.
 MATRIX = [
     {"bee": "bi", "pea": "pi", "me": "mi", "tea": "ti", "dee": "di", "knee": "ni", "see": "si", "key": "ki"},
     {"bat": "bat", "pat": "pat", "mat": "mat", "fat": "fat", "vat": "vat", "gnat": "nat", "sat": "sat", "cat": "kat"},

@@ -273,6 +273,7 @@ def test_a_fault_of_ours_keeps_its_traceback(tmp_path):
         (("--task", "tts"), "--task must be one of asr, vsr, avsr, got 'tts'"),
         (("--top-k", 5), "--top-k 5 is more than --num-experts 4"),
         (("--epochs", 0), "--epochs must be above 0"),
+        (("--num-beams", 0), "--num-beams must be above 0"),
         (("--lr", "nan"), "--lr must be above 0, got nan"),
         (("--eval-snr", ""), "--eval-snr is empty"),
         (("--eval-snr", "loud"), "an SNR is clean or a number of dB between -100 and 100, got 'loud'"),
@@ -370,6 +371,27 @@ def test_a_run_that_goes_on_keeps_its_tokens_and_its_clips(corpus, tmp_path, mon
     monkeypatch.setattr(train, "train_tokenizer", train_tokenizer)
     train_here(tmp_path / "run", *command, "--epochs", 1, "--overwrite")
     assert metrics(tmp_path / "run")[-1]["epoch"] == 0
+
+
+def test_a_new_run_leaves_nothing_of_the_old_one(tmp_path):
+    """An interrupted new run must not look finished, nor be read with the old weights."""
+    for name in ("checkpoint.pt", "results.json", "config.json", "model.safetensors", "epoch-3.safetensors"):
+        (tmp_path / name).write_text("old")
+    runs.RunFolder(tmp_path).begin({"out": "a"}, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"args.json", "lock"}
+    (tmp_path / "checkpoint.pt").write_text("new")
+    runs.RunFolder(tmp_path).begin({"out": "./a"})  # the same folder, spelt otherwise
+
+
+def test_a_signal_after_the_last_step_ends_the_run():
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        with pytest.raises(KeyboardInterrupt), runs.Signals() as signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.seen() == 1
+    finally:
+        for number, handler in handlers:
+            signal.signal(number, handler)
 
 
 DIE_WRITING = """
