@@ -43,7 +43,8 @@ def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     for split, count in (("train", 12), ("valid", 3), ("test", 4)):
         rows = ["id,path,frames,text"]
-        for name, frames, text in synthetic.corpus(split)[:count]:
+        for i, (name, frames, text) in enumerate(synthetic.corpus(split)[:count]):
+            text = " ".join(text.split()[: 1 + i % 4])  # batches differ in their numbers of tokens
             prepare.write_video(folder / f"{name}.mp4", synthetic.render(name, "video"))
             prepare.write_audio(folder / f"{name}.wav", synthetic.render(name, "audio"))
             rows.append(f"{name},{name}.mp4,{frames},{text}")
@@ -362,7 +363,7 @@ def test_a_run_that_goes_on_keeps_its_tokens_and_its_clips(corpus, tmp_path, mon
         with pytest.raises(KeyboardInterrupt):
             train_here(tmp_path / "run", *command)
     manifest = tmp_path / "corpus" / "train.csv"
-    manifest.write_text(manifest.read_text().replace("bee", "tee").replace("pea", "tee"))
+    manifest.write_text(manifest.read_text().replace("\n", " more\n"))
     with pytest.raises(InputError, match=r"run: begun with train split \(checksum\) \d+, which is now \d+"):
         train_here(tmp_path / "run", *command)
     shutil.copy(corpus / "train.csv", manifest)
