@@ -363,7 +363,7 @@ def test_a_run_that_goes_on_keeps_its_tokens_and_its_clips(corpus, tmp_path, mon
         with pytest.raises(KeyboardInterrupt):
             train_here(tmp_path / "run", *command)
     manifest = tmp_path / "corpus" / "train.csv"
-    manifest.write_text(manifest.read_text().replace("\n", " more\n"))
+    manifest.write_text(manifest.read_text().rstrip() + " more\n")
     with pytest.raises(InputError, match=r"run: begun with train split \(checksum\) \d+, which is now \d+"):
         train_here(tmp_path / "run", *command)
     shutil.copy(corpus / "train.csv", manifest)
