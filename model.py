@@ -191,8 +191,10 @@ class LlamaSMoP(nn.Module):
                 if (counts[modality] < 1).any():
                     short = [name for name, count in zip(batch["ids"], counts[modality]) if count < 1]
                     raise InputError(f"{', '.join(short)}: too short for {modality} pooling by {pool}")
-                encode = self.encode_audio if modality == "audio" else self.encode_video
-                x = encode(batch, lengths, frames)  # (B, frames, D_encoder)
+                hears = modality == "audio"
+                x = (
+                    self.encode_audio(batch, lengths, frames) if hears else self.encode_video(batch, frames)
+                )  # (B, T, D)
                 features[modality] = F.avg_pool1d(x.transpose(1, 2), pool).transpose(1, 2)  # (B, tokens, D_encoder)
                 masks[modality] = self.mask_of(counts[modality], features[modality].shape[1])  # (B, tokens)
             features, routing = self.projector(features, masks)  # (B, tokens, D)
@@ -237,7 +239,7 @@ class LlamaSMoP(nn.Module):
         mel = mel[..., : whisper_encoder.MEL_PER_FRAME * longest]
         return whisper_encoder.encode(self.audio_encoder, mel, self.mask_of(frames, longest))
 
-    def encode_video(self, batch, lengths, frames):
+    def encode_video(self, batch, frames):
         """AV-HuBERT's features of clips of `frames` (B,), cut to whole pools: (B, max(frames), D)."""
         frames = frames // self.pools["video"] * self.pools["video"]
         video = batch["video"].to(self.device, non_blocking=True)[:, : int(frames.max())]  # (B, T, 88, 88)

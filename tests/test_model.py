@@ -322,7 +322,7 @@ def test_trained_video_encoder_serves_another_run(tmp_path, monkeypatch):
     fourth = LlamaSMoP.load(tmp_path / "avsr", video_encoder=tmp_path / "moved")
     lengths = batch["video_lengths"]
     for model in (second, third, fourth):
-        close(model.encode_video(batch, lengths, lengths), first.eval().encode_video(batch, lengths, lengths))
+        close(model.encode_video(batch, lengths), first.eval().encode_video(batch, lengths))
         assert not any(p.requires_grad for p in model.video_encoder.parameters())
     small_model("asr").save(tmp_path / "asr")
     with pytest.raises(InputError, match="asr: a run of the task asr has no video encoder"):
