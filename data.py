@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import synthetic
 from tools.errors import InputError, run_command
+from tools.features import Features, is_features, version_at
 from tools.media import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, find_sound, fit_audio, load_audio, load_video
 
 CROP = 88  # pixels of the 96-pixel mouth region that the video encoder sees
@@ -49,14 +50,16 @@ class Clip(NamedTuple):
 
 
 def load_corpus(data, split, allow_empty=False):
-    """(clips, load) of one split: `data` is "synthetic" or a folder with SPLIT.csv; load(clip, modality) reads one.
+    """(clips, load) of one split: `data` is "synthetic" or a folder with SPLIT.csv; load(clip, modality) reads one, or,
+    of a folder that tools/encode.py wrote, is a Features.
     allow_empty: clips without speech, whose transcript is empty, are no fault."""
     if data == "synthetic":
         if split not in SPLITS:
             raise InputError(f"the synthetic corpus has the splits {', '.join(SPLITS)}, not {split!r}")
         clips = [Clip(name, None, frames, text) for name, frames, text in synthetic.corpus(split)]
         return clips, load_synthetic
-    return read_manifest(Path(data) / f"{split}.csv", allow_empty), load_media
+    clips = read_manifest(Path(data) / f"{split}.csv", allow_empty)
+    return clips, Features(data) if is_features(data) else load_media
 
 
 def load_synthetic(clip, modality):
@@ -228,10 +231,13 @@ class ClipDataset(Dataset):
     clean), which is drawn from the clip's id.
     dataset[i, epoch] is clip i as training draws it: random crops and flips and, from epoch `clean_epochs` on, masked
     spans and `noise` at an SNR of TRAIN_SNRS.
+
+    Where `load` is a Features, all this was done before, and a clip has audio_features or video_features (tokens, D); of
+    what was augmented a copy is drawn.
     """
 
     def __init__(self, clips, load, modalities, noise=None, snr=None, seed=0, clean_epochs=0):
-        if snr is not None and noise is None:
+        if snr is not None and noise is None and not isinstance(load, Features):
             raise InputError(f"an SNR of {snr} dB needs a noise")
         self.clips, self.load, self.modalities, self.noise, self.snr = clips, load, modalities, noise, snr
         self.seed, self.clean_epochs = seed, clean_epochs
@@ -245,6 +251,9 @@ class ClipDataset(Dataset):
         rng = random.Random(f"{self.seed} {epoch or 0} {clip.id}")
         hard = train and epoch >= self.clean_epochs
         item = {"id": clip.id, "text": clip.text}
+        if isinstance(self.load, Features):
+            version = rng.choice(self.load.copies) if hard else version_at(self.snr)
+            return item | {f"{m}_features": self.load(clip, m, version) for m in self.modalities}
         if "audio" in self.modalities:
             samples = self.load(clip, "audio")
             samples = mask_spans(samples, SAMPLE_RATE, rng) if hard else samples
@@ -263,13 +272,13 @@ class ClipDataset(Dataset):
 
 
 def collate(items):
-    """Zero-pad clips to a batch: {ids, texts, audio (B, S), audio_lengths (B,), video (B, T, 88, 88) uint8, ...}."""
+    """Zero-pad clips to a batch: {ids, texts, audio (B, S), audio_lengths (B,), video (B, T, 88, 88) uint8, ...}, or
+    with audio_features (B, tokens, D) and video_features in place of audio and video; lengths are then in tokens."""
     batch = {"ids": [item["id"] for item in items], "texts": [item["text"] for item in items]}
-    for modality in ("audio", "video"):
-        if modality in items[0]:
-            clips = [item[modality] for item in items]
-            batch[modality] = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
-            batch[f"{modality}_lengths"] = torch.tensor([len(clip) for clip in clips])
+    for name in items[0].keys() - {"id", "text"}:
+        clips = [item[name] for item in items]
+        batch[name] = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
+        batch[f"{name.removesuffix('_features')}_lengths"] = torch.tensor([len(clip) for clip in clips])
     return batch
 
 
@@ -369,7 +378,7 @@ def check_corpus(folder, modalities):
 
 
 def main():
-    from model import MODALITIES  # only here: reading data needs no model
+    from encoders import MODALITIES  # only here: reading data needs no model
 
     parser = argparse.ArgumentParser(description="Read all clips of train.csv, valid.csv, test.csv; list all faults.")
     parser.add_argument("folder", type=Path)

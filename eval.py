@@ -30,6 +30,7 @@ from model import LlamaSMoP
 from tools import run as runs
 from tools.checks import check_clips
 from tools.errors import InputError, run_command
+from tools.features import Features, raw_of
 from tools.media import load_audio
 
 
@@ -223,15 +224,20 @@ def main():
     if data is None and (args.run / "config.json").is_file():
         raise InputError(f"{args.run}: not trained by train.py, so --data must say what to evaluate on")
     rank, _, device = runs.join_processes(args.device)
-    model = LlamaSMoP.load(args.run).to(device)
+    model = LlamaSMoP.load(args.run)
     snrs = [parse_snr(snr) for snr in args.snr]
     if "audio" not in model.modalities and snrs != [None]:
         raise InputError(f"{args.run}: a model without audio has no SNR")
     clips, load = load_corpus(data, args.split, args.allow_empty)
     check_clips(model, clips)
     noise = None
-    if any(snr is not None for snr in snrs):
-        noise = load_noise(args.noise or trained["noise"], trained["data"] or data)
+    if isinstance(load, Features):
+        if args.noise:
+            raise InputError(f"--noise: the features in {data} have theirs")
+        load.check(model, snrs)
+    elif any(snr is not None for snr in snrs):
+        noise = load_noise(args.noise or trained["noise"], raw_of(trained["data"] or data))
+    model.to(device)
     max_frames = args.max_frames or trained["max_frames"]
     results, hypotheses = evaluate(
         model, clips, load, noise, snrs, args.num_beams, max_frames, trained["workers"], args.normalize

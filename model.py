@@ -38,14 +38,12 @@ from transformers import (
     LogitsProcessor,
 )
 
-import whisper_encoder
-from avhubert import FPS, AVHubertEncoder, normalise
+from encoders import RATES, Encoders
 from smop import MultimodalSMoP
 from tools.errors import InputError
 from tools.tokenizer import load_tokenizer
-from whisper_encoder import load_whisper, log_mel, make_config, whisper_frames
+from whisper_encoder import make_config
 
-MODALITIES = {"asr": ("audio",), "vsr": ("video",), "avsr": ("audio", "video")}  # what each task hears and sees
 PROMPTS = {
     "asr": "Transcribe speech to text.",
     "vsr": "Transcribe video to text.",
@@ -70,7 +68,7 @@ class Losses(NamedTuple):
         return self.lm + self.routing
 
 
-class LlamaSMoP(nn.Module):
+class LlamaSMoP(Encoders):
     """Any Whisper, any AV-HuBERT and any Llama, joined by a mixture of projectors.
 
     task: "asr", "vsr" or "avsr"; a task that lacks a modality needs no encoder for it.
@@ -94,8 +92,8 @@ class LlamaSMoP(nn.Module):
 
     The rows of the added tokens are random and stay so with a pretrained LLM. Whisper's positions are never trained.
 
-    Padding is masked in encode_audio (samples set to 0), whisper_encoder.encode (with "clip"), AVHubertEncoder, project
-    (tokens: for the mixture and its losses), embed (attention mask) and token_ids (labels: for the transcripts' loss).
+    Padding is masked in the encoders, in project (tokens: for the mixture and its losses), embed (attention mask) and
+    token_ids (labels: for the transcripts' loss).
     """
 
     def __init__(
@@ -119,36 +117,27 @@ class LlamaSMoP(nn.Module):
         router_z_weight=0.001,
         tokens_per_second=None,
     ):
-        super().__init__()
+        super().__init__(task, audio_encoder, video_encoder, audio_pool, video_pool, audio_window)
         self.config = {k: v for k, v in locals().items() if k not in ("self", "tokenizer", "__class__")}
-        choices = {
-            "task": list(MODALITIES),
-            "projector": ["MLP", *MultimodalSMoP.CONFIGS],
-            "audio_window": ["30s", "clip"],
-        }
-        for name, values in choices.items():
-            if self.config[name] not in values:
-                raise InputError(f"{name} must be one of {', '.join(values)}, got {self.config[name]!r}")
-        self.modalities = MODALITIES[task]
-        self.pools = {"audio": audio_pool, "video": video_pool}
-        dims = {}
-        if "audio" in self.modalities:
-            self.audio_encoder, filters = load_whisper(audio_encoder)
-            self.register_buffer("mel_filters", filters, persistent=False)
-            dims["audio"] = self.audio_encoder.config.d_model
-        if "video" in self.modalities:
-            self.video_encoder = load_video_encoder(video_encoder)
-            dims["video"] = self.video_encoder.dim
+        if projector not in (known := ["MLP", *MultimodalSMoP.CONFIGS]):
+            raise InputError(f"projector must be one of {', '.join(known)}, got {projector!r}")
         self.llm, self.tokenizer = load_llm(llm, tokenizer, lora_rank, lora_scale)
         self.loss_weights = load_balancing_weight, router_z_weight
         if projector == "MLP":
             projector, num_experts, top_k = "DEDR", 1, 1
             self.config |= {"num_experts": 1, "top_k": 1}
             self.loss_weights = 0.0, 0.0  # its router has no choice
-        if projector != "DEDR" and len(set(dims.values())) > 1:
-            raise InputError(f"{projector} shares its experts and needs encoders of equal width, got {dims}; use DEDR")
+        if projector != "DEDR" and len(set(self.widths.values())) > 1:
+            raise InputError(
+                f"{projector} shares its experts: encoders must be of one width, not {self.widths}; use DEDR"
+            )
         self.projector = MultimodalSMoP(
-            dims, self.llm.config.hidden_size, projector, dim_hidden=dim_hidden, num_experts=num_experts, top_k=top_k
+            self.widths,
+            self.llm.config.hidden_size,
+            projector,
+            dim_hidden=dim_hidden,
+            num_experts=num_experts,
+            top_k=top_k,
         )
         self.prompt = prompt if prompt is not None else "" if isinstance(llm, dict) else PROMPTS[task]
         self.train()
@@ -182,21 +171,9 @@ class LlamaSMoP(nn.Module):
     def project(self, batch):
         """The LLM-wide tokens of each modality, those of all clips one after the other: {modality: (N, D)}, how many
         each clip has: {modality: (B,) on the CPU}, MultimodalRouting."""
-        features, masks, counts = {}, {}, {}
+        features, counts = self.encode(batch)  # (B, tokens, D_encoder)
+        masks = {modality: self.mask_of(counts[modality], x.shape[1]) for modality, x in features.items()}
         with self.autocast():
-            for modality in self.modalities:
-                pool, lengths = self.pools[modality], batch[f"{modality}_lengths"].cpu()
-                frames = whisper_frames(lengths) if modality == "audio" else lengths
-                counts[modality] = frames // pool  # the remainder is dropped
-                if (counts[modality] < 1).any():
-                    short = [name for name, count in zip(batch["ids"], counts[modality]) if count < 1]
-                    raise InputError(f"{', '.join(short)}: too short for {modality} pooling by {pool}")
-                hears = modality == "audio"
-                x = (
-                    self.encode_audio(batch, lengths, frames) if hears else self.encode_video(batch, frames)
-                )  # (B, T, D)
-                features[modality] = F.avg_pool1d(x.transpose(1, 2), pool).transpose(1, 2)  # (B, tokens, D_encoder)
-                masks[modality] = self.mask_of(counts[modality], features[modality].shape[1])  # (B, tokens)
             features, routing = self.projector(features, masks)  # (B, tokens, D)
         return {modality: x[masks[modality]] for modality, x in features.items()}, counts, routing
 
@@ -223,32 +200,6 @@ class LlamaSMoP(nn.Module):
         """Tokens of each transcript and its EOS, (B,)."""
         return torch.tensor([len(ids) + 1 for ids in self.tokenizer(texts, add_special_tokens=False).input_ids])
 
-    def encode_audio(self, batch, samples, frames):
-        """Whisper's features of clips of `samples` (B,), cut to the longest of `frames` (B,): (B, max(frames), D)."""
-        longest = int(frames.max())
-        window = whisper_encoder.MAX_SAMPLES
-        if samples.max() > window:
-            raise InputError(f"{batch['ids'][int(samples.argmax())]}: longer than Whisper's 30 s")
-        if self.config["audio_window"] == "clip":  # a frame more: the last of a spectrogram reflect its edge
-            window = min((longest + 1) * whisper_encoder.SAMPLES_PER_FRAME, window)
-        audio = batch["audio"].to(self.device, non_blocking=True)  # (B, S)
-        audio = audio.masked_fill(~self.mask_of(samples, audio.shape[1]), 0)
-        mel = log_mel(F.pad(audio, (0, window - audio.shape[1])), self.mel_filters)  # (B, mels, 2 * window frames)
-        if self.config["audio_window"] == "30s":
-            return whisper_encoder.encode(self.audio_encoder, mel)[:, :longest]
-        mel = mel[..., : whisper_encoder.MEL_PER_FRAME * longest]
-        return whisper_encoder.encode(self.audio_encoder, mel, self.mask_of(frames, longest))
-
-    def encode_video(self, batch, frames):
-        """AV-HuBERT's features of clips of `frames` (B,), cut to whole pools: (B, max(frames), D)."""
-        frames = frames // self.pools["video"] * self.pools["video"]
-        video = batch["video"].to(self.device, non_blocking=True)[:, : int(frames.max())]  # (B, T, 88, 88)
-        return self.video_encoder(normalise(video), self.mask_of(frames, video.shape[1]))
-
-    def mask_of(self, lengths, size):
-        """(B, size) bool, True for the first `lengths` (B,) of each row."""
-        return torch.arange(size, device=self.device) < lengths.to(self.device, non_blocking=True)[:, None]
-
     # --- generation ----------------------------------------------------------------------------------------------
 
     def generate(self, batch, num_beams=1, max_new_tokens=None):
@@ -261,10 +212,11 @@ class LlamaSMoP(nn.Module):
     def most_tokens(self, batch):
         """The largest number of tokens of each transcript, (B,): 1.5 times what the fastest training speech would need, plus
         10. A model may repeat itself endlessly on unfamiliar speech."""
-        lengths, rate = batch[f"{self.modalities[0]}_lengths"].cpu(), self.config["tokens_per_second"]
+        modality, rate = self.modalities[0], self.config["tokens_per_second"]
+        counts = self.counts_of(batch)[modality]
         if rate is None:  # not trained by train.py
-            return torch.full_like(lengths, MAX_NEW_TOKENS)
-        seconds = lengths / (whisper_encoder.SAMPLE_RATE if self.modalities[0] == "audio" else FPS)
+            return torch.full_like(counts, MAX_NEW_TOKENS)
+        seconds = counts * self.pools[modality] / RATES[modality]
         return (1.5 * rate * seconds + 10).long().clamp(max=MAX_NEW_TOKENS)
 
     @torch.no_grad()
@@ -315,35 +267,6 @@ class LlamaSMoP(nn.Module):
                 )
         finally:
             self.train(training)
-
-    # --- devices and modes ---------------------------------------------------------------------------------------
-
-    @property
-    def device(self):
-        return next(self.parameters()).device
-
-    def autocast(self):
-        """On a GPU, every public method computes in bf16; what is trained, the router and the log-mel stay in float32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
-
-    def _apply(self, fn, recurse=True):
-        """What to(), cuda() and cpu() call. On a GPU frozen matrices are kept in bf16: autocast would cast a billion
-        weights again at every use."""
-
-        def move(x):
-            moved, frozen = fn(x), isinstance(x, nn.Parameter) and not x.requires_grad and x.ndim > 1
-            if frozen and moved.is_cuda:
-                return moved.bfloat16()
-            return moved.float() if frozen and x.is_cuda else moved  # back from a GPU
-
-        return super()._apply(move, recurse)
-
-    def train(self, mode=True):
-        """Like nn.Module.train, but frozen parts stay in eval mode: no dropout, no new BatchNorm statistics."""
-        super().train(mode)
-        for part in self.children():
-            part.train(mode and is_trained(part))
-        return self
 
     # --- files ---------------------------------------------------------------------------------------------------
 
@@ -418,11 +341,6 @@ class EndAfter(LogitsProcessor):
 # --- parts -------------------------------------------------------------------------------------------------------
 
 
-def is_trained(module):
-    """Whether any of a module's parameters is trained; all others are frozen."""
-    return any(p.requires_grad for p in module.parameters())
-
-
 def check_shapes(own, state):
     """An InputError unless two {name: tensor} have the same names and shapes."""
     for name in own | state:
@@ -431,29 +349,6 @@ def check_shapes(own, state):
         )
         if here is None or here != there:
             raise InputError(f"{name}: the model has {here}, the file {there}")
-
-
-def load_video_encoder(source):
-    """AVHubertEncoder: frozen from a fairseq file or from the folder of a run that trained one, random from a dict."""
-    if source is None:
-        raise InputError("video_encoder: a fairseq AV-HuBERT checkpoint, a run folder or a configuration is needed")
-    if isinstance(source, dict):
-        try:
-            return AVHubertEncoder(**source)
-        except TypeError as error:
-            raise InputError(f"video_encoder: {error}") from None
-    if not os.path.isdir(source):
-        return AVHubertEncoder.from_fairseq(source)
-    if not (Path(source) / "model.safetensors").is_file():
-        raise InputError(f"{source}: no model.safetensors; expected the folder of a finished run, or an AV-HuBERT file")
-    config = json.loads((Path(source) / "config.json").read_text())
-    if "video" not in MODALITIES[config["task"]]:
-        raise InputError(f"{source}: a run of the task {config['task']} has no video encoder")
-    encoder = load_video_encoder(config["video_encoder"])
-    state, prefix = load_file(Path(source) / "model.safetensors"), "video_encoder."
-    state = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
-    encoder.load_state_dict(state, strict=isinstance(config["video_encoder"], dict))  # else BatchNorm's statistics
-    return encoder.requires_grad_(False).eval()
 
 
 def load_llm(source, tokenizer, lora_rank, lora_scale):

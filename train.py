@@ -23,11 +23,13 @@ from tqdm import tqdm
 
 import synthetic
 from data import FPS, ClipDataset, load_corpus, make_loader, pack, plan_run
+from encoders import MODALITIES, default_window, is_trained
 from eval import evaluate, load_noise, parse_snr, record_routing, report, routing_statistics
-from model import MODALITIES, LlamaSMoP, Losses, is_trained
+from model import LlamaSMoP, Losses
 from tools import run as runs
 from tools.checks import check_clips
 from tools.errors import InputError, run_command
+from tools.features import SETTINGS, Features, is_features, raw_of
 from tools.picture import draw_clip
 from tools.tokenizer import load_tokenizer, train_tokenizer
 
@@ -135,9 +137,19 @@ class Args:
         self.snrs = [parse_snr(snr) for snr in self.eval_snr.split()] if "audio" in MODALITIES[self.task] else [None]
         if not self.snrs:
             raise InputError("--eval-snr is empty; expected clean or a number of dB, or several with spaces between")
+        if is_features(self.data):
+            self.take_encoders(Features(self.data).facts)
         for name in ("data", "noise", "llm", "audio_encoder", "video_encoder"):  # args.json must hold from anywhere
             if getattr(self, name) not in (None, "synthetic") and os.path.exists(getattr(self, name)):
                 setattr(self, name, os.path.abspath(getattr(self, name)))
+
+    def take_encoders(self, facts):
+        """Features decide the encoders and their settings."""
+        for field in dataclasses.fields(self):
+            if field.name in SETTINGS:
+                if getattr(self, field.name) not in (field.default, facts[field.name]):
+                    raise InputError(f"--{flag(field.name)}: {self.data} was encoded with {facts[field.name]}")
+                setattr(self, field.name, facts[field.name] or field.default)
 
 
 CHANGEABLE = ("lr", "clip_grad", "device", "workers", "num_beams", "save_every")  # with --resume: not the data
@@ -185,7 +197,7 @@ def build_model(args, tokenizer=None):
             raise InputError(f"--{flag(name)}: not valid JSON: {error}") from None
     settings = "num_experts top_k dim_hidden audio_pool video_pool lora_rank lora_scale prompt load_balancing_weight "
     settings = {name: getattr(args, name) for name in (settings + "router_z_weight").split()}
-    window = args.audio_window or ("clip" if isinstance(parts[1], dict) else "30s")
+    window = args.audio_window or default_window(parts[1])
     return LlamaSMoP(
         args.task, *parts, tokenizer=tokenizer, projector=args.projector.upper(), audio_window=window, **settings
     )
@@ -200,7 +212,7 @@ def learning_rate(step, steps, warmup):
 # --- the loop ----------------------------------------------------------------------------------------------------
 
 
-def train_steps(model, optimizer, plan, done, batches, valid, run, args):
+def train_steps(model, optimizer, plan, done, batches, valid, run, args, end_epoch):
     """Run the steps that remain, plan[done:]. `batches` yields each step's batches in order and, after each epoch, `valid`
     batches of the valid split."""
     wrapped = runs.distribute(model, unused="video" in model.modalities and is_trained(model.video_encoder))
@@ -302,6 +314,8 @@ def train(args, resume=False, overwrite=False):
         tokenizer = train_tokenizer([clip.text for clip in clips])
     model = build_model(args, tokenizer)
     check_clips(model, [*clips, *valid, *test])
+    if isinstance(load, Features):
+        load.check(model, args.snrs)
     model.to(device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)
@@ -309,7 +323,8 @@ def train(args, resume=False, overwrite=False):
     done = run.restore(model, optimizer)
     if run.writes:
         model.tokenizer.save_pretrained(run.path)
-    noise = load_noise(args.noise, args.data) if "audio" in model.modalities else None
+    noisy = "audio" in model.modalities and not isinstance(load, Features)
+    noise = load_noise(args.noise, args.data) if noisy else None
 
     frames, tokens = [clip.frames for clip in clips], model.count_tokens([clip.text for clip in clips]).tolist()
     model.config["tokens_per_second"] = max(FPS * n / length for n, length in zip(tokens, frames))
@@ -320,7 +335,7 @@ def train(args, resume=False, overwrite=False):
     batches = runs.Timed(make_loader(dataset, keys, args.workers, device.type == "cuda"))
     if run.writes:
         describe(model, clips, plan)
-    train_steps(model, optimizer, plan, done, batches, len(valid_batches), run, args)
+    train_steps(model, optimizer, plan, done, batches, len(valid_batches), run, args, end_epoch)
 
     if args.average > 1:
         model.load_trained_state(run.average(range(args.epochs - args.average, args.epochs)))
@@ -333,11 +348,21 @@ def train(args, resume=False, overwrite=False):
     if run.writes:
         about = {"data": args.data, "split": "test", "seed": args.seed, "training_minutes": round(run.minutes(), 1)}
         report(about | results, hypotheses, run.path)
-        words = synthetic.word_times(test[0].id) if args.data == "synthetic" else ()
-        item = ClipDataset(test, load, model.modalities)[0]
-        draw_clip(model, test[0], item, hypotheses[0]["hypothesis"], run.path / "clip.png", words)
-        print(f"look at {run.path / 'clip.png'}: a test clip, and the experts that its tokens chose")
+        draw(model, args, hypotheses[0], run.path / "clip.png")
     runs.leave_processes()
+
+
+def draw(model, args, line, path):
+    """The picture of the clip of a line of hypotheses.jsonl."""
+    try:
+        clips, load = load_corpus(raw_of(args.data), "test")
+        clip = next(clip for clip in clips if clip.id == line["id"])
+        item = ClipDataset([clip], load, model.modalities)[0]
+    except InputError as error:
+        return print(f"no {path}: {error}")  # features may be without their corpus
+    words = synthetic.word_times(clip.id) if clip.path is None else ()
+    draw_clip(model, clip, item, line["hypothesis"], path, words)
+    print(f"look at {path}: a test clip, and the experts that its tokens chose")
 
 
 def keys_of(plan, valid_batches, train_clips):

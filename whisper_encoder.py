@@ -1,7 +1,7 @@
 """Whisper's encoder (arXiv 2212.04356): 16 kHz sound to features, 50 a second, on transformers' layers.
 
-    encoder, filters = load_whisper("openai/whisper-medium.en")            # frozen
-    mel = log_mel(audio, filters)                                          # (B, S) -> (B, mels, S / 160)
+    encoder = load_whisper("openai/whisper-medium.en")                     # frozen
+    mel = log_mel(audio, mel_filters(encoder))                             # (B, S) -> (B, mels, S / 160)
     features = encode(encoder, mel)                                        # 30 s, as Whisper was trained -> (B, 1500, D)
     features = encode(encoder, mel[..., : 2 * T], mask)                    # only the clips; mask (B, T) -> (B, T, D)
 
@@ -59,22 +59,24 @@ def encode(encoder, mel, mask=None):
 
 
 def load_whisper(source):
-    """(WhisperEncoder, its mel filters (mels, 201)): frozen from a hub name or folder, random from a dict of
-    WhisperConfig's arguments."""
+    """WhisperEncoder: frozen from a hub name or folder, random from a dict of WhisperConfig's arguments."""
     if isinstance(source, dict):
-        encoder = WhisperEncoder(make_config(WhisperConfig, source))
-    else:
-        # Of a folder that holds only the encoder, WhisperModel would find no weight under its names and stay random.
-        only_encoder = WhisperConfig.from_pretrained(source).architectures == ["WhisperEncoder"]
-        model, report = (WhisperEncoder if only_encoder else WhisperModel).from_pretrained(
-            source, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
-        )
-        missing = [name for name in report["missing_keys"] if only_encoder or name.startswith("encoder.")]
-        if missing:
-            raise InputError(f"{source}: not a Whisper encoder, it lacks {missing[0]} and {len(missing) - 1} more")
-        encoder = (model if only_encoder else model.get_encoder()).requires_grad_(False).eval()
+        return WhisperEncoder(make_config(WhisperConfig, source))
+    # Of a folder that holds only the encoder, WhisperModel would find no weight under its names and stay random.
+    only_encoder = WhisperConfig.from_pretrained(source).architectures == ["WhisperEncoder"]
+    model, report = (WhisperEncoder if only_encoder else WhisperModel).from_pretrained(
+        source, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+    )
+    missing = [name for name in report["missing_keys"] if only_encoder or name.startswith("encoder.")]
+    if missing:
+        raise InputError(f"{source}: not a Whisper encoder, it lacks {missing[0]} and {len(missing) - 1} more")
+    return (model if only_encoder else model.get_encoder()).requires_grad_(False).eval()
+
+
+def mel_filters(encoder):
+    """The filters (mels, 201) of the spectrogram that an encoder takes."""
     filters = WhisperFeatureExtractor(feature_size=encoder.config.num_mel_bins).mel_filters  # (201, mels)
-    return encoder, torch.from_numpy(filters).float().T.contiguous()
+    return torch.from_numpy(filters).float().T.contiguous()
 
 
 def make_config(cls, settings):

@@ -17,7 +17,8 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from model import MODALITIES, LlamaSMoP
+from encoders import MODALITIES
+from model import LlamaSMoP
 from tools.tokenizer import train_tokenizer
 
 torch.set_num_threads(1)  # sums depend on the number of threads

@@ -43,7 +43,7 @@ from smop import MultimodalSMoP, load_balancing_loss, router_z_loss
 from tools.checks import check_clips, find_altered
 from tools.errors import InputError
 from tools.tokenizer import load_tokenizer, train_tokenizer
-from whisper_encoder import encode, load_whisper, log_mel
+from whisper_encoder import encode, load_whisper, log_mel, mel_filters
 
 # --- what the LLM reads, and the losses --------------------------------------------------------------------------
 
@@ -183,19 +183,19 @@ def test_bf16(monkeypatch):
 @pytest.mark.parametrize("mels, vocab", [(80, 51864), (80, 51865), (128, 51866)])  # .en, the others, large-v3
 def test_any_whisper(tmp_path, mels, vocab):
     whisper = write_whisper(tmp_path, vocab_size=vocab, num_mel_bins=mels)
-    encoder, filters = load_whisper(tmp_path)
+    encoder = load_whisper(tmp_path)
     assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
     clips = [item["audio"] for item in small_batch("asr", seconds=(1.0, 0.3, 2.2))]
     extractor = WhisperFeatureExtractor(feature_size=mels)
     expected = extractor([x.numpy() for x in clips], sampling_rate=16000, return_tensors="pt").input_features
     padded = nn.utils.rnn.pad_sequence(clips, batch_first=True)
     with torch.autocast("cpu", torch.bfloat16):  # makes no difference
-        mel = log_mel(F.pad(padded, (0, 480_000 - padded.shape[1])), filters)
+        mel = log_mel(F.pad(padded, (0, 480_000 - padded.shape[1])), mel_filters(encoder))
     close(mel, expected, rtol=0, atol=1e-5)
     with torch.no_grad():
         close(encode(encoder, mel[:1]), whisper.model.encoder(expected[:1]).last_hidden_state, atol=1e-4)
     whisper.model.encoder.save_pretrained(tmp_path / "only")
-    only, _ = load_whisper(tmp_path / "only")
+    only = load_whisper(tmp_path / "only")
     assert all(torch.equal(a, b) for a, b in zip(only.parameters(), encoder.parameters(), strict=True))
 
 
@@ -320,9 +320,8 @@ def test_trained_video_encoder_serves_another_run(tmp_path, monkeypatch):
     third = LlamaSMoP.load(tmp_path / "avsr")
     (tmp_path / "vsr").rename(tmp_path / "moved")
     fourth = LlamaSMoP.load(tmp_path / "avsr", video_encoder=tmp_path / "moved")
-    lengths = batch["video_lengths"]
     for model in (second, third, fourth):
-        close(model.encode_video(batch, lengths), first.eval().encode_video(batch, lengths))
+        close(model.encode_video(batch), first.eval().encode_video(batch))
         assert not any(p.requires_grad for p in model.video_encoder.parameters())
     small_model("asr").save(tmp_path / "asr")
     with pytest.raises(InputError, match="asr: a run of the task asr has no video encoder"):
@@ -355,9 +354,12 @@ def test_runs_that_do_not_fit_are_refused(tmp_path):
         ({"llm": LLM | {"width": 3}}, "LlamaConfig has no width"),
         ({"audio_encoder": WHISPER | {"width": 3}}, "WhisperConfig has no width"),
         ({"video_encoder": AVHUBERT | {"width": 3}}, "video_encoder: .*'width'"),
-        ({"video_encoder": None}, "video_encoder: a fairseq AV-HuBERT checkpoint, a run folder or"),
+        ({"video_encoder": None}, "video_encoder: a checkpoint, a run folder or"),
         ({"video_encoder": "nowhere.pt"}, "nowhere.pt: no such checkpoint"),
-        ({"video_encoder": AVHUBERT | {"dim": 64}, "projector": "JEDR"}, "JEDR shares its experts and needs encoders"),
+        (
+            {"video_encoder": AVHUBERT | {"dim": 64}, "projector": "JEDR"},
+            "JEDR shares its experts: encoders must be of one width",
+        ),
         ({"tokenizer": None}, "a random LLM needs a tokenizer: see train_tokenizer"),
     ],
 )

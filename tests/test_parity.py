@@ -11,9 +11,9 @@ from common import COMPACT, GOLDEN, close, needs_shared, write_published
 
 from avhubert import AVHubertEncoder, normalise
 from data import collate, crop_video, transform_audio
-from model import whisper_frames
 from tools.media import fit_audio
 from tools.published import load_published, ours_from_published
+from whisper_encoder import whisper_frames
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from avhubert import load_inert, ours_from_fairseq
-from model import MARKERS, MODALITIES, LlamaSMoP, check_shapes
+from encoders import MODALITIES
+from model import MARKERS, LlamaSMoP, check_shapes
 from tools.errors import InputError, run_command
 
 EXPECTED = (

@@ -44,8 +44,7 @@ class RunFolder:
         """
         if self.writes:
             self._begin(args, resume, overwrite)
-        if dist.is_initialized():
-            dist.barrier()
+        wait()
 
     def _begin(self, args, resume, overwrite):
         self.path.mkdir(parents=True, exist_ok=True)
@@ -81,8 +80,7 @@ class RunFolder:
             state = {"model": model.trained_state(), "optimizer": optimizer.state_dict(), "facts": self.facts}
             state |= {"step": step, "seconds": time.time() - self.start}
             write_atomically(self.checkpoint, lambda path: torch.save(state, path))
-        if dist.is_initialized():
-            dist.barrier()
+        wait()
 
     def restore(self, model, optimizer):
         """Load the checkpoint into model and optimizer; return the number of steps done, 0 without a checkpoint.
@@ -225,6 +223,12 @@ def join_processes(device):
 
 def rank_and_world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def wait():
+    """Until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def leave_processes():

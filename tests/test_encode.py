@@ -1,0 +1,153 @@
+"""Features encoded once stand for the clips, and a lip encoder learns to read."""
+
+import json
+import sys
+
+import pytest
+import torch
+from common import AVHUBERT, LLM, close, small_model
+from safetensors import safe_open
+
+import eval as evaluation
+import synthetic
+import train
+from data import ClipDataset, collate, load_corpus
+from encoders import MODALITIES, Encoders
+from eval import load_noise
+from tools import encode, lips
+from tools.errors import InputError
+from tools.features import Features
+from tools.tokenizer import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory):
+    """(the run whose encoders are taken, the features of 12, 3 and 4 synthetic clips)."""
+    folder, sizes = tmp_path_factory.mktemp("encoded"), dict(synthetic.SIZES)
+    synthetic.SIZES.update(train=12, valid=3, test=4)
+    small_model().save(folder / "run")
+    command("tools.encode", "synthetic", folder / "features", *encoders_of(folder / "run"))
+    yield folder / "run", folder / "features"
+    synthetic.SIZES.update(sizes)
+
+
+def encoders_of(run):
+    return "--audio-encoder", run, "--video-encoder", run, "--copies", 2, "--snr", "0", "--workers", 0
+
+
+def command(name, *words):
+    """Run the main() of a module with this command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *map(str, words)])
+        {"tools.encode": encode, "tools.lips": lips, "eval": evaluation}[name].main()
+
+
+@pytest.mark.parametrize("task", MODALITIES)
+def test_a_batch_of_features_gives_the_losses_of_its_clips(encoded, task):
+    run, folder = encoded
+    clips, load = load_corpus("synthetic", "train")
+    tokenizer = train_tokenizer([clip.text for clip in clips])
+    torch.manual_seed(1)
+    model = train.LlamaSMoP(task, LLM, run, run, tokenizer, audio_window="clip")
+    raw = ClipDataset(clips, load, ("audio", "video"), load_noise(None, "synthetic"))
+    stored = ClipDataset(*load_corpus(folder, "train"), model.modalities)
+    for version in range(2):
+        stored.load.copies = [f"copy{version}"]
+        for ours, theirs in (([0, 1, 2], [0, 1, 2]), ([(i, 9) for i in range(3)], [(i, version) for i in range(3)])):
+            with torch.no_grad():
+                expected = torch.stack(model(collate([raw[key] for key in theirs])))
+                found = torch.stack(model(collate([stored[key] for key in ours])))
+            close(found, expected, rtol=2e-3, atol=0)  # of float16
+
+
+def test_training_draws_a_copy_for_each_clip_and_epoch(encoded):
+    dataset = ClipDataset(*load_corpus(encoded[1], "train"), ("audio",), seed=1, clean_epochs=1)
+    versions = {
+        name: [dataset.load(clip, "audio", name) for clip in dataset.clips] for name in ("clean", "copy0", "copy1")
+    }
+
+    def drawn(epoch):
+        items = [dataset[i, epoch]["audio_features"] for i in range(12)]
+        return [next(name for name, of in versions.items() if torch.equal(of[i], x)) for i, x in enumerate(items)]
+
+    assert set(drawn(0)) == {"clean"} and set(drawn(1)) == set(drawn(2)) == {"copy0", "copy1"}
+    assert drawn(1) == drawn(1) != drawn(2)
+
+
+def test_a_run_on_features_is_a_run(encoded, tmp_path, capsys):
+    """It needs no encoder flag, and eval.py finds the same WER from the clips; 0 dB is no other SNR."""
+    settings = "--epochs 2 --clean-epochs 1 --max-frames 200 --workers 0 --device cpu".split()
+    words = [
+        "--data",
+        str(encoded[1]),
+        "--llm",
+        json.dumps(LLM),
+        "--eval-snr",
+        "clean 0",
+        "--out",
+        str(tmp_path),
+        *settings,
+    ]
+    train.train(*train.parse_args(words))
+    assert (tmp_path / "clip.png").is_file()
+    files = {name: (tmp_path / name).read_text() for name in ("results.json", "hypotheses.jsonl")}
+    command("eval", tmp_path, "--data", "synthetic", "--snr", "clean", "0", "--device", "cpu")
+    assert (tmp_path / "hypotheses.jsonl").read_text() == files["hypotheses.jsonl"]
+    command("eval", tmp_path, "--snr", "clean", "0", "--device", "cpu")
+    assert {name: (tmp_path / name).read_text() for name in files} == files
+    with pytest.raises(InputError, match="not encoded at 5 dB"):
+        command("eval", tmp_path, "--snr", "clean", "5", "--device", "cpu")
+    with pytest.raises(InputError, match="--video-encoder: .* was encoded with .*run"):
+        train.parse_args([*words, "--video-encoder", json.dumps(AVHUBERT)])
+    torch.manual_seed(3)
+    other = Encoders("avsr", encoded[0], AVHUBERT, audio_window="clip")
+    with pytest.raises(InputError, match="features: not of the model's video encoder"):
+        Features(encoded[1]).check(other, [None])
+
+
+def test_encoding_goes_on_shard_by_shard(encoded, tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "SHARD", 5)
+    begin = ("tools.encode", "synthetic", tmp_path, *encoders_of(encoded[0]))
+    command(*begin)
+    files = {file: file.read_bytes() for file in sorted(tmp_path.rglob("*.safetensors"))}
+    assert len(files) == 3 * 3 + 1 + 2
+    for clip in load_corpus(tmp_path, "train")[0]:
+        whole = ClipDataset(*load_corpus(encoded[1], "train"), ("audio",)).load
+        same = next(c for c in load_corpus(encoded[1], "train")[0] if c.id == clip.id)
+        close(Features(tmp_path)(clip, "audio", "copy1"), whole(same, "audio", "copy1"), atol=2e-3)  # another batch
+    lost = list(files)[3:6]
+    for file in lost:
+        file.unlink()
+    command(*begin)
+    assert {file: file.read_bytes() for file in files} == files
+    with pytest.raises(InputError, match="encoded with something else .seed 0, now 1."):
+        command(*begin, "--seed", 1)
+    with safe_open(lost[0], "pt") as file:
+        assert file.get_tensor(next(iter(file.keys()))).dtype == torch.float16
+
+
+def test_greedy_ctc_joins_repetitions_and_drops_blanks(monkeypatch):
+    reader = lips.LipReader(" ab", AVHUBERT)
+    classes = torch.tensor([[2, 2, 0, 2, 1, 3, 3, 0], [0, 3, 1, 0, 1, 0, 2, 2]])  # 1 is the space
+    monkeypatch.setattr(reader, "score", lambda batch: nn_one_hot(classes))
+    assert reader.read({"video_lengths": torch.tensor([8, 5])}) == ["aa b", "b  "]
+
+
+def nn_one_hot(classes):
+    return torch.nn.functional.one_hot(classes, 4).float()
+
+
+def test_lips_learn_and_serve_as_video_encoder(encoded, tmp_path):
+    words = ("synthetic", tmp_path, "--encoder", json.dumps(AVHUBERT), "--workers", 0, "--device", "cpu")
+    command("tools.lips", *words, "--epochs", 3, "--lr", 3e-3)
+    losses = [
+        line["lm"] for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()) if "lm" in line
+    ]
+    assert losses[-1] < 0.8 * losses[0]
+    assert json.loads((tmp_path / "results.json").read_text())["wer"].keys() == {"valid", "test"}
+    encoder = Encoders("vsr", None, tmp_path).video_encoder
+    assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
+    batch = collate([ClipDataset(*load_corpus("synthetic", "test"), ("video",))[0]])
+    reader = lips.LipReader("a", AVHUBERT)
+    reader.video_encoder.load_state_dict(encoder.state_dict())
+    close(encoder(lips.normalise(batch["video"])), reader.eval().video_encoder(lips.normalise(batch["video"])))

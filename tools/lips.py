@@ -1,0 +1,142 @@
+"""Train a lip encoder from scratch, for those without AV-HuBERT's weights.
+
+    python -m tools.lips DATA OUT                                    # DATA: prepared mouths, e.g. of GRID
+    python train.py --data DATA --task vsr --video-encoder OUT ...   # frozen from here on
+
+An `AVHubertEncoder` with a linear layer to characters learns to spell the transcripts with CTC (Graves et al., 2006).
+What it learns depends on no projector and no LLM, so that those can be compared on its features. OUT is a run folder:
+the same command goes on with an interrupted run. results.json has the WER of greedy CTC on the valid and test splits.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from avhubert import AVHubertEncoder, normalise
+from data import ClipDataset, load_corpus, make_loader, pack, plan_run
+from eval import word_error_rate
+from model import Losses
+from tools import run as runs
+from tools.errors import run_command
+from train import Args, keys_of, train_steps
+
+ENCODER = {"dim": 512, "layers": 2, "heads": 8, "ffn_dim": 1024, "stem_width": 16, "stem_stride": 8}
+ENCODER |= {"trunk_widths": [16, 32, 64, 128], "conv_pos": 32, "dropout": 0.1}
+
+
+class LipReader(nn.Module):
+    """From lips to characters: class 0 is CTC's blank, class i + 1 the i-th of `characters`."""
+
+    modalities = ("video",)
+
+    def __init__(self, characters, settings):
+        super().__init__()
+        self.characters = characters
+        self.video_encoder = AVHubertEncoder(**settings)
+        self.head = nn.Linear(self.video_encoder.dim, 1 + len(characters))
+
+    @property
+    def device(self):
+        return self.head.weight.device
+
+    def forward(self, batch):
+        """Losses of a batch of `data.collate`; lm is CTC's, a mean over the characters."""
+        targets = torch.tensor([1 + self.characters.index(c) for text in batch["texts"] for c in text])
+        lengths = torch.tensor([len(text) for text in batch["texts"]])
+        scores = self.score(batch).transpose(0, 1)  # (T, B, classes)
+        loss = F.ctc_loss(scores, targets.to(self.device), batch["video_lengths"], lengths, reduction="sum")
+        return Losses(loss / lengths.sum(), *torch.zeros(3, device=self.device))
+
+    def score(self, batch):
+        """Log-probabilities of the classes, (B, T, classes)."""
+        lengths, video = (batch[name].to(self.device) for name in ("video_lengths", "video"))
+        mask = torch.arange(video.shape[1], device=self.device) < lengths[:, None]  # (B, T)
+        return self.head(self.video_encoder(normalise(video), mask)).float().log_softmax(-1)
+
+    @torch.no_grad()
+    def read(self, batch):
+        """Greedy CTC: the best class of each frame, repetitions as one, without blanks."""
+        texts = []
+        for classes, length in zip(self.score(batch).argmax(-1).tolist(), batch["video_lengths"]):
+            runs_of_one = (c for c, _ in itertools.groupby(classes[:length]))
+            texts.append("".join(self.characters[c - 1] for c in runs_of_one if c))
+        return texts
+
+    def trained_state(self):
+        return self.state_dict()
+
+    def load_trained_state(self, state):
+        self.load_state_dict(state)
+
+
+def evaluate(model, clips, load, max_frames, workers):
+    """WER (%) of greedy CTC and its 95 % interval."""
+    model.eval()
+    loader = make_loader(ClipDataset(clips, load, ("video",)), pack([c.frames for c in clips], max_frames), workers)
+    read = dict(pair for batch in loader for pair in zip(batch["ids"], model.read(batch)))
+    return word_error_rate([clip.text for clip in clips], [read[clip.id] for clip in clips])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("data", help="folder of manifests and mouths, see tools/prepare.py")
+    add("out", type=Path, help="run folder to write; train.py and tools/encode.py take it as --video-encoder")
+    add("--epochs", type=int, default=30, help="(default: 30)")
+    add(
+        "--encoder", type=json.loads, default=ENCODER, help="JSON of AVHubertEncoder's arguments (default: %(default)s)"
+    )
+    add("--seed", type=int, default=0)
+    add("--lr", type=float, default=6e-4)
+    add("--workers", type=int, default=2)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    train(parser.parse_args())
+
+
+def train(given):
+    args = Args(data=given.data, out=str(given.out), task="vsr", epochs=given.epochs, clean_epochs=given.epochs // 4,
+                max_frames=900, lr=given.lr, seed=given.seed, workers=given.workers, device=given.device)  # fmt: skip
+    rank, world, device = runs.join_processes(args.device)
+    torch.manual_seed(args.seed)
+    (clips, load), (valid, _), (test, _) = (load_corpus(args.data, split) for split in ("train", "valid", "test"))
+    run = runs.RunFolder(args.out, rank)
+    run.begin(dataclasses.asdict(args) | {"encoder": given.encoder})
+    model = LipReader("".join(sorted(set("".join(clip.text for clip in clips)))), given.encoder).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay)
+    run.facts = {"processes": world, "train split (checksum)": runs.fingerprint(clips)}
+    done = run.restore(model, optimizer)
+    frames, characters = [clip.frames for clip in clips], [len(clip.text) for clip in clips]
+    plan = plan_run(frames, characters, args.epochs, args.max_frames, 1, args.seed, rank, world)
+    dataset = ClipDataset(clips, load, ("video",), seed=args.seed, clean_epochs=args.clean_epochs)
+    batches = runs.Timed(
+        make_loader(dataset, keys_of(plan[done:], [], len(clips)), args.workers, device.type == "cuda")
+    )
+
+    def end_epoch(model, epoch, number, *_):
+        runs.share_state(model)
+        if run.writes and (epoch % 5 == 4):
+            run.log(step=number, epoch=epoch, valid_wer=evaluate(model, valid, load, args.max_frames, args.workers)[0])
+
+    train_steps(model, optimizer, plan, done, batches, 0, run, args, end_epoch)
+    if run.writes:
+        wer = {}
+        for split, clips in (("valid", valid), ("test", test)):
+            wer[split], interval = evaluate(model, clips, load, args.max_frames, args.workers)
+            print(f"{split}: WER {wer[split]} % {interval}")
+        config = {"task": "vsr", "video_encoder": given.encoder}  # as of a run of train.py
+        (given.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        state = {name: x.contiguous() for name, x in model.state_dict().items()}
+        save_file(state, given.out / "model.safetensors")
+        (given.out / "results.json").write_text(json.dumps({"wer": wer, "minutes": round(run.minutes(), 1)}) + "\n")
+    runs.leave_processes()
+
+
+if __name__ == "__main__":
+    run_command(main)
