@@ -37,6 +37,7 @@ MAX_REGION = 2 * 96  # a larger picture is no mouth region but a clip that was n
 TRAIN_SNRS = (-5, 0, 5, 10, 15, 20, None)  # dB; None is clean
 HEADER = ["id", "path", "frames", "text"]
 SPLITS = ("train", "valid", "test")
+OTHERS = "others"  # a further split that a corpus may have: talkers that are in none of these
 
 
 # --- manifests ---------------------------------------------------------------------------------------------------
@@ -366,7 +367,7 @@ def check_corpus(folder, modalities):
         except InputError as error:
             return str(error)
 
-    manifests = [path for split in SPLITS if (path := Path(folder) / f"{split}.csv").exists()]
+    manifests = [path for split in (*SPLITS, OTHERS) if (path := Path(folder) / f"{split}.csv").exists()]
     if not manifests:
         raise InputError(f"{folder}: neither train.csv, valid.csv nor test.csv")
     faults = []

@@ -108,7 +108,7 @@ class Args:
     noise: str | None = arg(None, "audio file of noise (default: babble made of the train split)")
     seed: int = arg(0, "of the weights, the order and the augmentation")
     # running
-    workers: int = arg(2, "data-loading processes")
+    workers: int | None = arg(None, "data-loading processes (default: 2; for a GPU, the cores at hand)")
     save_every: int = arg(0, "steps between checkpoints within an epoch (0: after epochs only)")
     average: int = arg(1, "how many of the last epochs' weights are averaged for evaluation")
     eval_snr: str = arg(
@@ -127,6 +127,9 @@ class Args:
         for name in "num_experts top_k audio_pool video_pool epochs lr clip_grad max_frames accumulate average num_beams".split():
             if not getattr(self, name) > 0:
                 raise InputError(f"--{flag(name)} must be above 0, got {getattr(self, name)}")
+        if self.workers is None:
+            cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            self.workers = max(cores, 2) if self.device.startswith("cuda") else 2
         if self.workers < 0:
             raise InputError(f"--workers must be at least 0, got {self.workers}")
         for name, most in (("top_k", "num_experts"), ("average", "epochs")):

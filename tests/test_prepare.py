@@ -204,6 +204,10 @@ def test_grid(tmp_path):
     assert len(corpus.skipped) == 1 and "b.mpg" in corpus.skipped[0]
     corpus = find_clips(tmp_path, grid=True, talkers=["s2"])
     assert [name for _, name in found(corpus)] == ["s2/swizza"] and "4 files of other talkers" in corpus.skipped[1]
+    corpus = find_clips(tmp_path, grid=True, talkers=["s2"], others=["s1"])
+    assert {name: split for split, name in found(corpus)} == {"s2/swizza": "train"} | dict.fromkeys(
+        ("s1/bbaf2n", "s1/lgwz9s"), "others"
+    )
     with pytest.raises(InputError, match="no clip of talker s9"):
         find_clips(tmp_path, grid=True, talkers=["s1", "s9"])
 

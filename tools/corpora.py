@@ -16,7 +16,13 @@ from data import read_lines, read_manifest
 from tools.errors import InputError
 
 VIDEO = {".mp4", ".mov", ".mkv", ".avi", ".mpg", ".webm", ".m4v"}
-SPLITS = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}  # a corpus's name of a split: ours
+SPLITS = {
+    "train": "train",
+    "valid": "valid",
+    "val": "valid",
+    "test": "test",
+    "others": "others",
+}  # a corpus's name of a split: ours
 SILENCE = ("sil", "sp")  # in the alignments of GRID
 GRAMMAR = [  # of GRID: the name of a clip has one letter for each of its six words
     {word[0]: word for word in "bin lay place set".split()},
@@ -34,8 +40,9 @@ class Corpus(NamedTuple):
     skipped: list  # a sentence for each reason
 
 
-def find_clips(raw, grid=False, talkers=(), valid_list=None):
-    """The Corpus in the folder `raw`. `talkers` chooses some of GRID's, `valid_list` divides the trainval/ of LRS3."""
+def find_clips(raw, grid=False, talkers=(), others=(), valid_list=None):
+    """The Corpus in the folder `raw`. Of GRID, `talkers` are in train, valid and test (default: all) but for those of
+    `others`, the split of talkers that no training knows. `valid_list` divides the trainval/ of LRS3."""
     if not raw.is_dir():
         raise InputError(f"{raw}: no such folder")
     if valid_list and not (raw / "trainval").is_dir():
@@ -45,11 +52,11 @@ def find_clips(raw, grid=False, talkers=(), valid_list=None):
     else:
         folders = os.walk(raw, followlinks=True)
         files = sorted(Path(folder, name) for folder, _, names in folders for name in names if name[0] != ".")
-        corpus = sort_files(files, Grid(raw, files, talkers) if grid else Folders(raw, valid_list))
+        corpus = sort_files(files, Grid(raw, files, talkers, others) if grid else Folders(raw, valid_list))
     if not corpus.clips:
         reasons = [*corpus.skipped, *(reason for *_, reason in corpus.failures)]
         raise InputError("; ".join([f"{raw}: no clip with a transcript in a layout of tools/README.md", *reasons[:3]]))
-    for talker in talkers:
+    for talker in (*talkers, *others):
         if not any(name.startswith(f"{talker}/") for _, name, *_ in corpus.clips):
             raise InputError(f"{raw}: no clip of talker {talker}")
     return corpus
@@ -146,8 +153,8 @@ class Grid:
 
     listed = {}
 
-    def __init__(self, raw, files, talkers):
-        self.raw, self.talkers = raw, talkers
+    def __init__(self, raw, files, talkers, others):
+        self.raw, self.talkers, self.others = raw, talkers, others
         self.alignments = {self.name(path): path for path in files if path.suffix.lower() == ".align"}
 
     def name(self, path):
@@ -159,7 +166,10 @@ class Grid:
         name = self.name(path)
         if name is None:
             return None, "outside the folders s1, s2, ... of the talkers"
-        if self.talkers and name.partition("/")[0] not in self.talkers:
+        talker = name.partition("/")[0]
+        if talker in self.others:
+            return "others", name
+        if self.talkers and talker not in self.talkers:
             return None, "of other talkers"
         return draw_split(name, 5, 10), name
 

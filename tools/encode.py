@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data import FPS, HEADER, SPLITS, ClipDataset, load_corpus, make_loader, pack
+from data import FPS, HEADER, OTHERS, SPLITS, ClipDataset, load_corpus, make_loader, pack
 from encoders import MODALITIES, RATES, Encoders, default_window
 from eval import load_noise, parse_snr
 from tools import run as runs
@@ -37,7 +37,7 @@ SOURCES = (
 
 def load_splits(data):
     """{split: clips} of the splits that the corpus has, and `load`."""
-    splits = SPLITS if data == "synthetic" else [s for s in SPLITS if (Path(data) / f"{s}.csv").is_file()]
+    splits = SPLITS if data == "synthetic" else [s for s in (*SPLITS, OTHERS) if (Path(data) / f"{s}.csv").is_file()]
     if not splits:
         raise InputError(f"{data}: neither train.csv, valid.csv nor test.csv")
     corpora = {split: load_corpus(data, split) for split in splits}
@@ -64,7 +64,7 @@ def versions_of(split, facts):
     versions = [("clean", None, None)]
     if split == "train":
         versions += [(f"copy{i}", i, None) for i in range(facts["copies"])]
-    if split == "test" and "audio" in MODALITIES[facts["task"]]:
+    if split in ("test", OTHERS) and "audio" in MODALITIES[facts["task"]]:
         versions += [(version_at(snr), None, snr) for snr in facts["snrs"]]
     return versions
 

@@ -282,6 +282,7 @@ def parse_args():
     add("out_dir", type=Path, help="folder to write")
     add("--grid", action="store_true", help="RAW_DIR is GRID: s1/*.mpg, alignments/s1/*.align")
     add("--talkers", nargs="+", default=(), metavar="s1", help="only these talkers of GRID")
+    add("--others", nargs="+", default=(), metavar="s2", help="talkers of GRID for others.csv, to test on unknown ones")
     add("--valid-list", type=Path, metavar="FILE", help="the clips of trainval/ that are for validation, one a line")
     add("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
     add("--allow-failures", type=int, default=0, metavar="N", help="exit with 0 if at most N clips fail")
@@ -293,7 +294,7 @@ def main():
     raw, out = args.raw_dir, args.out_dir
     if raw.resolve() in (out.resolve(), *out.resolve().parents):
         raise InputError(f"{out}: OUT_DIR must lie outside RAW_DIR, whose files it would replace or join")
-    corpus = find_clips(raw, args.grid, args.talkers, args.valid_list)
+    corpus = find_clips(raw, args.grid, args.talkers, args.others, args.valid_list)
     print(f"{len(corpus.clips)} clips found, {len(corpus.failures)} more without a transcript or a video")
     for sentence in corpus.skipped:
         print(sentence, file=sys.stderr)
