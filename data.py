@@ -51,8 +51,8 @@ class Clip(NamedTuple):
 
 
 def load_corpus(data, split, allow_empty=False):
-    """(clips, load) of one split: `data` is "synthetic" or a folder with SPLIT.csv; load(clip, modality) reads one, or,
-    of a folder that tools/encode.py wrote, is a Features.
+    """(clips, load) of one split: `data` is "synthetic" or a folder with SPLIT.csv; load(clip, modality) reads one. For
+    a folder of tools/encode.py, `load` is a Features.
     allow_empty: clips without speech, whose transcript is empty, are no fault."""
     if data == "synthetic":
         if split not in SPLITS:
@@ -80,6 +80,11 @@ def read_manifest(path, allow_empty=False):
         if isinstance(clip, InputError):
             raise clip
     return clips
+
+
+def write_table(path, header, rows):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
 
 
 def manifest_rows(path, allow_empty=False):
@@ -233,8 +238,8 @@ class ClipDataset(Dataset):
     dataset[i, epoch] is clip i as training draws it: random crops and flips and, from epoch `clean_epochs` on, masked
     spans and `noise` at an SNR of TRAIN_SNRS.
 
-    Where `load` is a Features, all this was done before, and a clip has audio_features or video_features (tokens, D); of
-    what was augmented a copy is drawn.
+    If `load` is a Features, all this was done beforehand: a clip has audio_features and video_features (tokens, D).
+    Training draws one of its copies; in clean epochs it takes the clip without crops or flips.
     """
 
     def __init__(self, clips, load, modalities, noise=None, snr=None, seed=0, clean_epochs=0):
@@ -343,6 +348,14 @@ def make_loader(dataset, batches, workers, pin_memory=False):
         pin_memory=pin_memory,
         generator=torch.Generator(),  # the iterator draws a seed, which would change the global state and so dropout
     )  # fmt: skip
+
+
+def default_workers(device):
+    """Data-loading processes: two, or for a GPU one per core, of which processes of torchrun take a share each."""
+    if not str(device).startswith("cuda"):
+        return 2
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 2), 16)
 
 
 def leave_group(worker):

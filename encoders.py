@@ -1,10 +1,10 @@
-"""From clips to what the projector reads: frozen Whisper and AV-HuBERT, averaged in time.
+"""From clips to what the projector reads: features of Whisper and AV-HuBERT, averaged in time.
 
     encoders = Encoders("avsr", "openai/whisper-medium.en", "large_vox_iter5.pt").to("cuda")
     features, counts = encoders.encode(batch)         # of data.collate -> {modality: (B, tokens, D)}, {modality: (B,)}
 
-Nothing of this learns in the paper, so tools/encode.py can do it once for all trainings. A batch then holds features in
-place of sound and video, and `encode` hands them on.
+The paper trains none of this (but for VSR), so tools/encode.py can compute it once for all runs. A batch then holds
+features in place of sound and video, and `encode` passes them through.
 
 Legend: B clips, S samples, T frames, D an encoder's width. A token is the mean of `pool` frames.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -42,17 +43,14 @@ class Encoders(nn.Module):
         self.modalities = MODALITIES[task]
         self.pools = {"audio": audio_pool, "video": video_pool}
         self.audio_window = audio_window
+        self.widths = {}
         if "audio" in self.modalities:
             self.audio_encoder = load_encoder(audio_encoder, "audio_encoder")
+            self.widths["audio"] = self.audio_encoder.config.d_model
             self.register_buffer("mel_filters", mel_filters(self.audio_encoder), persistent=False)
         if "video" in self.modalities:
             self.video_encoder = load_encoder(video_encoder, "video_encoder")
-
-    @property
-    def widths(self):
-        """{modality: D}"""
-        widths = {"audio": lambda: self.audio_encoder.config.d_model, "video": lambda: self.video_encoder.dim}
-        return {modality: widths[modality]() for modality in self.modalities}
+            self.widths["video"] = self.video_encoder.dim
 
     def encode(self, batch):
         """Features {modality: (B, tokens, D)} of a batch, and how many tokens of each clip are real: {modality: (B,)}."""
@@ -105,11 +103,15 @@ class Encoders(nn.Module):
         return self.video_encoder(normalise(video), self.mask_of(frames, video.shape[1]))
 
     def fingerprints(self):
-        """{modality: a checksum of its encoder's weights}."""
-        parts = {modality: getattr(self, f"{modality}_encoder").state_dict() for modality in self.modalities}
-        return {
-            m: zlib.crc32(b"".join(x.float().numpy().tobytes() for x in state.values())) for m, state in parts.items()
-        }
+        """{modality: what its features depend on}: its pool, how much Whisper hears, a checksum of the weights."""
+        prints = {}
+        for modality in self.modalities:
+            checksum = 0
+            for x in getattr(self, f"{modality}_encoder").state_dict().values():
+                checksum = zlib.crc32(x.float().contiguous().numpy(), checksum)
+            window = [self.audio_window] if modality == "audio" else []
+            prints[modality] = [f"pool {self.pools[modality]}", *window, f"weights {checksum:08x}"]
+        return prints
 
     def mask_of(self, lengths, size):
         """(B, size) bool, True for the first `lengths` (B,) of each row."""
@@ -151,30 +153,33 @@ def is_trained(module):
 
 
 def read_run_config(source):
-    """The config.json of a run folder, or None."""
-    file = Path(source) / "config.json" if isinstance(source, (str, Path)) else None
-    config = json.loads(file.read_text()) if file and file.is_file() else {}
-    return config if "task" in config else None
+    """The config.json of a run folder, or {}."""
+    if isinstance(source, dict) or not (file := Path(source or "") / "config.json").is_file():
+        return {}
+    config = json.loads(file.read_text())
+    return config if "task" in config else {}
 
 
 def default_window(audio_encoder):
-    """What an encoder hears: 30 s if it was pretrained, the clip from scratch, and of a run's encoder what it heard."""
-    run = read_run_config(audio_encoder)
-    return run["audio_window"] if run else "clip" if isinstance(audio_encoder, dict) else "30s"
+    """How much Whisper hears: 30 s if pretrained, the clip if trained from scratch, of a run what it was trained on."""
+    return read_run_config(audio_encoder).get("audio_window") or ("clip" if isinstance(audio_encoder, dict) else "30s")
 
 
 def load_encoder(source, part):
-    """The "audio_encoder" (Whisper) or "video_encoder" (AV-HuBERT): random and trained from a dict of settings, frozen
-    from the hub or a file, or from the folder of a run that trained it."""
+    """The "audio_encoder" (Whisper) or "video_encoder" (AV-HuBERT): random, to be trained, from a dict; frozen from the
+    hub, a file or the folder of a run that trained it."""
     if source is None:
         raise InputError(f"{part}: a checkpoint, a run folder or a configuration is needed")
     if config := read_run_config(source):
         return load_from_run(Path(source), config, part)
     if part == "audio_encoder":
-        return load_whisper(source)
+        try:
+            return load_whisper(source)
+        except OSError as error:
+            raise InputError(f"audio_encoder: {error}") from None
     if not isinstance(source, dict):
         if os.path.isdir(source):
-            raise InputError(f"{source}: no config.json; expected the folder of a finished run, or an AV-HuBERT file")
+            raise InputError(f"{source}: not the folder of a finished run; expected one, or an AV-HuBERT file")
         return AVHubertEncoder.from_fairseq(source)
     try:
         return AVHubertEncoder(**source)
@@ -189,10 +194,14 @@ def load_from_run(folder, config, part):
     if not (folder / "model.safetensors").is_file():
         raise InputError(f"{folder}: no model.safetensors; expected the folder of a finished run")
     encoder = load_encoder(config[part], part)
-    state = load_file(folder / "model.safetensors")
+    try:
+        state = load_file(folder / "model.safetensors")
+    except SafetensorError as error:
+        raise InputError(f"{folder / 'model.safetensors'}: {error}") from None
     state = {name.removeprefix(f"{part}."): x for name, x in state.items() if name.startswith(f"{part}.")}
-    missing, unknown = encoder.load_state_dict(state, strict=False)  # what the run did not train is not in it
-    trained = {name for name, p in encoder.named_parameters() if p.requires_grad}
-    if unknown or trained.intersection(missing):
+    own, trained = encoder.state_dict(), {name for name, p in encoder.named_parameters() if p.requires_grad}
+    shapes = {name: x.shape for name, x in state.items()}
+    if not trained <= shapes.keys() <= own.keys() or any(own[name].shape != shape for name, shape in shapes.items()):
         raise InputError(f"{folder / 'model.safetensors'}: not the {part} of its config.json")
+    encoder.load_state_dict(state, strict=False)  # what the run did not train is not in it
     return encoder.requires_grad_(False).eval()

@@ -25,12 +25,12 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from data import ClipDataset, load_corpus, make_babble, make_loader, pack
+from data import ClipDataset, default_workers, load_corpus, make_babble, make_loader, pack
 from model import LlamaSMoP
 from tools import run as runs
 from tools.checks import check_clips
 from tools.errors import InputError, run_command
-from tools.features import Features, raw_of
+from tools.features import Features, raw_of, version_at
 from tools.media import load_audio
 
 
@@ -217,7 +217,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    trained = {"data": None, "noise": None, "seed": None, "workers": 2, "max_frames": 2000}  # not by train.py
+    trained = {"data": None, "noise": None, "seed": None, "max_frames": 2000}  # not by train.py
     if (args.run / "args.json").is_file():
         trained = json.loads((args.run / "args.json").read_text())
     data = args.data or trained["data"]
@@ -234,13 +234,13 @@ def main():
     if isinstance(load, Features):
         if args.noise:
             raise InputError(f"--noise: the features in {data} have theirs")
-        load.check(model, snrs)
+        load.check(model, {version_at(snr): clips for snr in snrs})
     elif any(snr is not None for snr in snrs):
         noise = load_noise(args.noise or trained["noise"], raw_of(trained["data"] or data))
     model.to(device)
     max_frames = args.max_frames or trained["max_frames"]
     results, hypotheses = evaluate(
-        model, clips, load, noise, snrs, args.num_beams, max_frames, trained["workers"], args.normalize
+        model, clips, load, noise, snrs, args.num_beams, max_frames, default_workers(device), args.normalize
     )
     if rank == 0:
         report({"data": data, "split": args.split, "seed": trained["seed"]} | results, hypotheses, args.out or args.run)

@@ -22,14 +22,14 @@ import torch
 from tqdm import tqdm
 
 import synthetic
-from data import FPS, ClipDataset, load_corpus, make_loader, pack, plan_run
+from data import FPS, ClipDataset, default_workers, load_corpus, make_loader, pack, plan_run
 from encoders import MODALITIES, default_window, is_trained
 from eval import evaluate, load_noise, parse_snr, record_routing, report, routing_statistics
 from model import LlamaSMoP, Losses
 from tools import run as runs
 from tools.checks import check_clips
 from tools.errors import InputError, run_command
-from tools.features import SETTINGS, Features, is_features, raw_of
+from tools.features import SETTINGS, Features, is_features, raw_of, version_at
 from tools.picture import draw_clip
 from tools.tokenizer import load_tokenizer, train_tokenizer
 
@@ -71,7 +71,9 @@ def arg(default, help):
 
 @dataclass
 class Args:
-    data: str = arg("synthetic", '"synthetic" or a folder with the manifests train.csv, valid.csv and test.csv')
+    data: str = arg(
+        "synthetic", '"synthetic", a folder with train.csv, valid.csv and test.csv, or one of tools/encode.py'
+    )
     out: str = arg("runs/default", "run folder to write")
     task: str = arg("avsr", "asr, vsr or avsr")
     # model
@@ -80,7 +82,9 @@ class Args:
     top_k: int = arg(2, "experts a token passes through")
     dim_hidden: int | None = arg(None, "width inside an expert (default: the LLM's)")
     llm: str = arg(json.dumps(SMALL_LLM), "hub name or folder of a Llama (LoRA), or JSON of LlamaConfig (from scratch)")
-    audio_encoder: str = arg(json.dumps(SMALL_WHISPER), "hub name or folder (frozen), or JSON of WhisperConfig")
+    audio_encoder: str = arg(
+        json.dumps(SMALL_WHISPER), "hub name, folder or run folder (frozen), or JSON of WhisperConfig"
+    )
     video_encoder: str = arg(
         json.dumps(SMALL_AVHUBERT), "AV-HuBERT file or run folder (frozen), or JSON of AVHubertEncoder's arguments"
     )
@@ -108,7 +112,7 @@ class Args:
     noise: str | None = arg(None, "audio file of noise (default: babble made of the train split)")
     seed: int = arg(0, "of the weights, the order and the augmentation")
     # running
-    workers: int | None = arg(None, "data-loading processes (default: 2; for a GPU, the cores at hand)")
+    workers: int | None = arg(None, "data-loading processes (default: 2; for a GPU, one per core)")
     save_every: int = arg(0, "steps between checkpoints within an epoch (0: after epochs only)")
     average: int = arg(1, "how many of the last epochs' weights are averaged for evaluation")
     eval_snr: str = arg(
@@ -128,8 +132,7 @@ class Args:
             if not getattr(self, name) > 0:
                 raise InputError(f"--{flag(name)} must be above 0, got {getattr(self, name)}")
         if self.workers is None:
-            cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            self.workers = max(cores, 2) if self.device.startswith("cuda") else 2
+            self.workers = default_workers(self.device)
         if self.workers < 0:
             raise InputError(f"--workers must be at least 0, got {self.workers}")
         for name, most in (("top_k", "num_experts"), ("average", "epochs")):
@@ -147,12 +150,12 @@ class Args:
                 setattr(self, name, os.path.abspath(getattr(self, name)))
 
     def take_encoders(self, facts):
-        """Features decide the encoders and their settings."""
-        for field in dataclasses.fields(self):
-            if field.name in SETTINGS:
-                if getattr(self, field.name) not in (field.default, facts[field.name]):
-                    raise InputError(f"--{flag(field.name)}: {self.data} was encoded with {facts[field.name]}")
-                setattr(self, field.name, facts[field.name] or field.default)
+        """What is not given is that of the features. `Features.check` refuses encoders that differ."""
+        if self.noise not in (None, facts["noise"]):
+            raise InputError(f"--noise: the features in {self.data} have theirs")
+        for name in SETTINGS:
+            if getattr(self, name) == getattr(Args, name):
+                setattr(self, name, facts[name] or getattr(Args, name))
 
 
 CHANGEABLE = ("lr", "clip_grad", "device", "workers", "num_beams", "save_every")  # with --resume: not the data
@@ -318,7 +321,8 @@ def train(args, resume=False, overwrite=False):
     model = build_model(args, tokenizer)
     check_clips(model, [*clips, *valid, *test])
     if isinstance(load, Features):
-        load.check(model, args.snrs)
+        evaluated = dict.fromkeys(map(version_at, args.snrs), test)
+        load.check(model, dict.fromkeys(load.copies, clips) | evaluated | {"clean": [*clips, *valid, *test]})
     model.to(device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)
@@ -359,10 +363,12 @@ def draw(model, args, line, path):
     """The picture of the clip of a line of hypotheses.jsonl."""
     try:
         clips, load = load_corpus(raw_of(args.data), "test")
-        clip = next(clip for clip in clips if clip.id == line["id"])
+        clip = next((clip for clip in clips if clip.id == line["id"]), None)
+        if clip is None:
+            raise InputError(f"no clip {line['id']} in {raw_of(args.data)}")
         item = ClipDataset([clip], load, model.modalities)[0]
     except InputError as error:
-        return print(f"no {path}: {error}")  # features may be without their corpus
+        return print(f"no {path}: {error}")  # the features' corpus may be gone
     words = synthetic.word_times(clip.id) if clip.path is None else ()
     draw_clip(model, clip, item, line["hypothesis"], path, words)
     print(f"look at {path}: a test clip, and the experts that its tokens chose")

@@ -23,10 +23,12 @@ import transformers
 from torch import nn
 from transformers import GenerationConfig
 
-from data import FPS, SAMPLES_PER_FRAME, ClipDataset, collate, load_corpus
+from data import FPS, SAMPLES_PER_FRAME, ClipDataset, collate, load_corpus, make_loader
+from eval import load_noise
 from model import LlamaSMoP, add_lora
 from smop import SMoP, route
 from tools.errors import run_command
+from tools.features import Features
 from tools.tokenizer import train_tokenizer
 from train import SMALL_AVHUBERT, SMALL_LLM, SMALL_WHISPER
 
@@ -216,6 +218,37 @@ def bench_decoding(device, dtype, length=16):
     return table(f"Decoding 16 clips, {length} tokens each", rows)
 
 
+# --- features encoded once ---------------------------------------------------------------------------------------
+
+
+def bench_features(device, folder, clips=24):
+    """Training on clips and on their features, loading included, in one process; the LLM is small, from scratch."""
+    facts, rows = Features(folder).facts, []
+    corpora = {"clips": load_corpus(facts["data"], "train"), "features": load_corpus(folder, "train")}
+    noise = load_noise(facts["noise"], facts["data"])
+    for task in ("asr", "avsr"):
+        tokenizer = train_tokenizer([clip.text for clip in corpora["clips"][0]])
+        parts = SMALL_LLM, facts["audio_encoder"], facts["video_encoder"]
+        model = LlamaSMoP(
+            task, *parts, tokenizer, **{k: facts[k] for k in ("audio_window", "audio_pool", "video_pool")}
+        )
+        model.to(device)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3, fused=True)
+
+        def train_on(corpus, load):
+            dataset = ClipDataset(corpus, load, model.modalities, noise)
+            for batch in make_loader(dataset, [[(i, 0) for i in range(j, j + 12)] for j in range(0, clips, 12)], 0):
+                model(batch).total.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+        ways = {name: lambda corpus=corpus: train_on(*corpus) for name, corpus in corpora.items()}
+        times = compare(ways, device, seconds=20)
+        speeds = {f"from {name} (clips/s)": clips / seconds for name, seconds in times.items()}
+        rows.append({"task": task} | speeds | {"ratio": times["clips"] / times["features"]})
+    return table(f"Training on clips and on their features, of {Path(facts['data']).name}", rows)
+
+
 # --- the paper's sizes -------------------------------------------------------------------------------------------
 
 
@@ -270,6 +303,7 @@ def main():
     add = parser.add_argument
     add("--only", nargs="+", choices=parts, default=list(parts), help="parts to run (default: all)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--features", help="folder of tools/encode.py: training on it is compared with training on its clips")
     add("--out", type=Path, default=Path("bench.json"), help="file to write (default: bench.json)")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -282,6 +316,9 @@ def main():
     results = {"about": about}
     for name in args.only:
         results[name] = parts[name](device, dtype)
+        args.out.write_text(json.dumps(results, indent=2) + "\n")
+    if args.features:
+        results["features"] = bench_features(device, args.features)
         args.out.write_text(json.dumps(results, indent=2) + "\n")
     if "experts" in results:
         draw_experts(results["experts"], args.out.with_name("experts.png"))

@@ -1,12 +1,13 @@
 """The paper's claims: what is compared for each, and the tables, verdicts and pictures of the finished runs.
 
 `reproduce.py` trains the runs and calls `write`. A cell is a model of the study; with a seed it is a run of train.py.
-`word_errors`, `experts` and `usage` find what a claim needs: further columns {header: {cell: text}}, further verdicts, and
-the panels of a picture {title: (groups of bars, [(name, [values of each group])])}. Their `done` is {cell: {seed: Run}}.
+`experts` and `usage` find what a claim needs beside WERs: columns {header: {cell: text}} and verdicts. A picture has
+panels {title: (x, [(name, [values of each x])])}. `done` is {cell: {seed: Run}}.
 """
 
 import json
 import math
+import shutil
 import statistics
 import time
 from pathlib import Path
@@ -15,12 +16,13 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import torch
 
-from data import ClipDataset, collate, load_corpus
+from data import OTHERS, ClipDataset, collate, load_corpus
+from encoders import MODALITIES
 from eval import bootstrap, count_errors
-from model import MODALITIES, LlamaSMoP
+from model import LlamaSMoP
 
 SNRS, NOISY, MAIN = "clean 5 2.5 0 -2.5 -5".split(), "5 2.5 0 -2.5 -5".split(), "clean 0 -5".split()
-LEAST_SEEDS = 3  # for a verdict on a difference of WER: from scratch, a seed may stay on a plateau or leave it
+LEAST_SEEDS = 3  # for a verdict on a difference of WER: a seed may be luck
 COLOURS = {"mlp": "0.6", "jejr": "C4", "jedr": "C6", "dedr": "C2", "top-1": "#98df8a", "top-2": "C2"}
 COLOURS |= {"audio": "C0", "video": "C1"}
 
@@ -32,10 +34,12 @@ class Cell(NamedTuple):
     top_k: int = 2
     llm: str = "small"
     balance: bool = True
+    share: float = 1  # of the train clips
 
     def words(self):
         experts = [] if self.projector == "mlp" else [f"e{self.num_experts}", f"k{self.top_k}"]
-        return [self.task, self.projector, *experts, *([] if self.balance else ["unbalanced"]), self.llm]
+        changes = [*([] if self.balance else ["unbalanced"]), *([] if self.share == 1 else [f"{self.share:g}"])]
+        return [self.task, self.projector, *experts, *changes, self.llm]
 
     def __str__(self):
         return " ".join([self.task.upper(), self.projector.upper(), *self.words()[2:]])
@@ -49,60 +53,61 @@ class Claim(NamedTuple):
     over: list = MAIN  # the pairs are compared over these together
 
 
-ASR_MLP, ASR_DEDR, VSR_MLP, ENCODER = (Cell(task, p) for task in ("asr", "vsr") for p in ("mlp", "dedr"))
+ASR_MLP, ASR_DEDR, VSR_MLP, VSR_DEDR = (Cell(task, p) for task in ("asr", "vsr") for p in ("mlp", "dedr"))
 MLP, JEJR, JEDR, DEDR = (Cell("avsr", p) for p in ("mlp", "jejr", "jedr", "dedr"))
 UNBALANCED = DEDR._replace(balance=False)
-QUICK_CELLS = {ASR_DEDR, MLP, JEJR, JEDR, DEDR, UNBALANCED}
-CLAIMS = ["configurations", "sizes", "experts", "usage", "noise"]
+MIXTURES = [DEDR._replace(num_experts=e, top_k=k) for e in (2, 4, 8, 16) for k in (1, 2)]
+CLAIMS = ["configurations", "noise", "usage", "experts", "sizes", "data"]
 
 
 def claims_of(args):
-    """{name: Claim} of --claims with its cells of --tasks; with --quick, of few cells."""
-    task = next(task for task in ("avsr", "asr", "vsr") if task in args.tasks)  # of sizes and experts
-    mlps, dedrs = ([Cell(task, p, llm=llm) for llm in args.llms] for p in ("mlp", "dedr"))
-    mixtures = [Cell(task, "dedr", e, k) for e in (2, 4, 8, 16) for k in (1, 2)]
+    """{name: Claim} of --claims."""
+    mlps, dedrs = ([cell._replace(llm=llm) for llm in args.llms] for cell in (MLP, DEDR))
+    shares = [cell._replace(share=share) for share in (0.25, 0.5, 1) for cell in (MLP, DEDR)]
     claims = {
         "configurations": Claim(
-            "of the projectors, DEDR gives the lowest WER, for ASR, VSR and AVSR.",
-            [ASR_MLP, ASR_DEDR, VSR_MLP, ENCODER, MLP, JEJR, JEDR, DEDR],
-            [(ASR_DEDR, ASR_MLP), (ENCODER, VSR_MLP), (DEDR, MLP), (DEDR, JEJR), (DEDR, JEDR)],
-        ),
-        "sizes": Claim(
-            "with a mixture of projectors, smaller LLMs stay strong.",
-            [cell for pair in zip(mlps, dedrs) for cell in pair],
-            [*zip(dedrs, mlps), *zip(dedrs, mlps[1:])],
-        ),
-        "experts": Claim(
-            "more experts add capacity at no cost of inference.",
-            [Cell(task, "mlp"), *mixtures],
-            [(cell, Cell(task, "mlp")) for cell in mixtures],
-        ),
-        "usage": Claim(
-            "all experts are used, by each modality in its own way.",
-            [DEDR, UNBALANCED, JEDR, JEJR],
-            [(DEDR, UNBALANCED)],
+            "The paper: DEDR has the lowest WER, for ASR, VSR and AVSR. (With one modality all configurations are one.)",
+            [MLP, JEJR, JEDR, DEDR, ASR_MLP, ASR_DEDR, VSR_MLP, VSR_DEDR],
+            [(DEDR, MLP), (DEDR, JEJR), (DEDR, JEDR), (ASR_DEDR, ASR_MLP), (VSR_DEDR, VSR_MLP)],
         ),
         "noise": Claim(
-            "the mixture is robust to noise.",
+            "The paper: the mixture is robust to noise.",
             [ASR_MLP, ASR_DEDR, MLP, DEDR],
             [(DEDR, MLP), (ASR_DEDR, ASR_MLP), (MLP, ASR_MLP), (DEDR, ASR_DEDR)],
             SNRS,
             NOISY,
         ),
+        "usage": Claim(
+            "The paper: all experts are used, by each modality in its own way.",
+            [DEDR, UNBALANCED, JEDR, JEJR],
+            [(DEDR, UNBALANCED)],
+        ),
+        "experts": Claim(
+            "The paper: more experts add capacity at no cost of inference.",
+            [MLP, *MIXTURES],
+            [(cell, MLP) for cell in MIXTURES],
+        ),
+        "sizes": Claim(
+            "The paper: with a mixture of projectors, smaller LLMs stay strong.",
+            [cell for pair in zip(mlps, dedrs) for cell in pair],
+            [*zip(dedrs, mlps), *zip(dedrs, mlps[1:])],
+        ),
+        "data": Claim(
+            "A question that the paper leaves open: how much data does capacity need?",
+            shares,
+            [pair[::-1] for pair in zip(shares[::2], shares[1::2])],
+        ),
     }
-    kept = {}
-    for name in args.claims:
-        cells = [cell for cell in claims[name].cells if cell.task in args.tasks]
-        if args.quick:
-            cells = [cell for cell in cells if cell in QUICK_CELLS and name != "sizes"]
-        if pairs := [pair for pair in claims[name].pairs if set(pair) <= set(cells)]:
-            kept[name] = claims[name]._replace(cells=cells, pairs=pairs)
-    return kept
+    return {name: claims[name] for name in args.claims}
+
+
+# --- numbers -----------------------------------------------------------------------------------------------------
 
 
 class Run(NamedTuple):
     folder: Path
     results: dict  # of eval.py
+    others: dict  # the same, on other talkers
     errors: dict  # {(snr, clip): (word errors, reference words)}
     sizes: dict  # parameters: trained, of these in the projector, of those active for a token
 
@@ -117,9 +122,12 @@ def cached(file, measure):
 def read_run(folder):
     lines = [json.loads(line) for line in open(folder / "hypotheses.jsonl", encoding="utf-8")]
     errors = count_errors([line["reference"] for line in lines], [line["hypothesis"] for line in lines])
-    results = json.loads((folder / "results.json").read_text())
+    results, others = (
+        json.loads(file.read_text()) if file.is_file() else {"wer": {}}
+        for file in (folder / "results.json", folder / OTHERS / "results.json")
+    )
     sizes = cached(folder / "sizes.json", lambda: count_parameters(LlamaSMoP.load(folder)))
-    return Run(folder, results, dict(zip([(line["snr"], line["id"]) for line in lines], errors)), sizes)
+    return Run(folder, results, others, dict(zip([(line["snr"], line["id"]) for line in lines], errors)), sizes)
 
 
 def count_parameters(model):
@@ -159,9 +167,9 @@ def compare(done, a, b, snrs):
     return found | {"text": text.format(a, b, found["points"], *found["95"], found["lower"])}
 
 
-def wers(done, cell, snr):
+def wers(done, cell, snr, of="results"):
     """The WER (%) of each seed."""
-    return [run.results["wer"][snr] for run in done[cell].values() if snr in run.results["wer"]]
+    return [wer[snr] for run in done[cell].values() if snr in (wer := getattr(run, of)["wer"])]
 
 
 def spread(values):
@@ -186,107 +194,124 @@ def decode_ratios(mlp, cell, data, rounds=9):
     return sorted(ratios[2:])  # the first two warm up
 
 
-def word_errors(done, claim, args):
+# --- claims with more than WERs ----------------------------------------------------------------------------------
+
+
+def experts(done, claim, args):
+    texts, verdicts = {}, []
+    for cell in MIXTURES:
+        folders = [done[c][0].folder for c in (MLP, cell)]
+        r = cached(folders[1] / "decode.json", lambda: decode_ratios(*folders, args.data))
+        texts[cell] = f"{statistics.median(r):.2f} [{r[1]:.2f}, {r[-2]:.2f}]"
+        text = f"{cell} decodes in at most 1.1 times the MLP's time: {texts[cell]}"
+        verdict = "shown" if r[-2] <= 1.1 else "opposite" if r[1] > 1.1 else "not shown"
+        verdicts.append({"text": text, "verdict": verdict})
+    return {"decode time": texts}, verdicts
+
+
+def usage(done, claim, args):
+    columns, verdicts = {}, []
+    for cell in claim.cells:
+        routings, even = [run.results["routing"] for run in done[cell].values()], 100 * cell.top_k / cell.num_experts
+        shares = {name: [[100 * u for u in routing[name]["usage"]] for routing in routings] for name in routings[0]}
+        for name, runs in shares.items():
+            columns.setdefault(f"{name}: tokens (%) by expert", {})[cell] = ", ".join(f"{u:.0f}" for u in runs[0])
+        rarest = min(u for runs in shares.values() for run in runs for u in run)
+        text = f"{cell}: in each modality and seed, each expert is chosen by {even / 4:g} % of the tokens (a quarter "
+        text += f"of an even share) or more; the rarest by {rarest:.1f} %"
+        verdicts.append({"text": text, "verdict": "shown" if rarest >= even / 4 else "not shown"})
+    return columns, verdicts
+
+
+# --- pictures ----------------------------------------------------------------------------------------------------
+
+
+def panels_of(name, done, claim):
+    """The panels of a claim's picture."""
+    if name == "usage":
+        panels = {}
+        for cell in claim.cells:
+            usage = {m: r["usage"] for m, r in done[cell][0].results["routing"].items()}
+            title = cell.projector.upper() + ("" if cell.balance else ", no balancing") + ": tokens (%) by expert"
+            panels[title] = range(1, 1 + cell.num_experts), [(m, [[100 * u] for u in us]) for m, us in usage.items()]
+        return panels
+    if name == "noise":
+        names = {c: f"{c.task.upper()} {c.projector.upper()}" for c in claim.cells}
+        series = [(name, [wers(done, c, snr) for snr in SNRS]) for c, name in names.items()]
+        return {"WER (%) by SNR (dB)": (SNRS, series)}
+    if name in ("experts", "data"):
+        lines = {"mlp": [MLP] * 4} | {f"top-{k}": [c for c in MIXTURES if c.top_k == k] for k in (1, 2)}
+        x = [2, 4, 8, 16]
+        if name == "data":
+            lines = {"mlp": claim.cells[::2], "dedr": claim.cells[1::2]}
+            x = [len(load_corpus(done[cell][0].results["data"], "train")[0]) for cell in lines["mlp"]]
+        panels, by = {}, "experts" if name == "experts" else "train clips"
+        for snr in claim.snrs:
+            series = [(line, [wers(done, cell, snr) for cell in cells]) for line, cells in lines.items()]
+            panels[f"WER (%), {snr}{' dB' * (snr != 'clean')}, by {by}"] = x, series
+        return panels
     panels = {}
     for cell in claim.cells:
         snrs = claim.snrs if "audio" in MODALITIES[cell.task] else ["clean"]
         _, series = panels.setdefault(f"{cell.task.upper()}, {cell.llm} LLM: WER (%)", (snrs, []))
         series.append((cell.projector, [wers(done, cell, snr) for snr in snrs]))
-    return {}, [], panels
+    return panels
 
 
-def experts(done, claim, args):
-    mlp, *mixtures = claim.cells
-    ratios, texts, verdicts = {}, {}, []
-    for cell in mixtures:
-        folders = [done[c][0].folder for c in (mlp, cell)]
-        r = ratios[cell] = cached(folders[1] / "decode.json", lambda: decode_ratios(*folders, args.data))
-        texts[cell] = f"{statistics.median(r):.2f} [{r[1]:.2f}, {r[-2]:.2f}]"
-        text = f"{cell} decodes in at most 1.1 times the MLP's time: {texts[cell]}"
-        verdict = "shown" if r[-2] <= 1.1 else "opposite" if r[1] > 1.1 else "not shown"
-        verdicts.append({"text": text, "verdict": verdict})
-    measures = {
-        "WER (%), clean": {c: wers(done, c, "clean") for c in claim.cells},
-        "WER (%) at -5 dB": {c: wers(done, c, "-5") for c in claim.cells},
-        "projector (M parameters)": {c: [done[c][0].sizes["projector"] / 1e6] for c in claim.cells},
-        "decode time / MLP's": {mlp: [1]} | {c: [statistics.median(r)] for c, r in ratios.items()},
-    }
-    counts, panels = sorted({cell.num_experts for cell in mixtures}), {}
-    for label, values in measures.items():
-        panels[f"{label}, by experts"] = counts, [("mlp", [values[mlp] for _ in counts])]
-        for k in sorted({cell.top_k for cell in mixtures}):
-            panels[f"{label}, by experts"][1].append((f"top-{k}", [values[c] for c in mixtures if c.top_k == k]))
-    return {"decode time": texts}, verdicts, panels
-
-
-def usage(done, claim, args):
-    columns, verdicts, panels = {}, [], {}
-    for cell in claim.cells:
-        routings, even = [run.results["routing"] for run in done[cell].values()], 100 * cell.top_k / cell.num_experts
-        shares = {name: [[100 * u for u in routing[name]["usage"]] for routing in routings] for name in routings[0]}
-        for name, runs in shares.items():
-            used = [[u / sum(run) for u in run if u] for run in runs]
-            effective = spread([math.exp(-sum(u * math.log(u) for u in run)) for run in used])
-            columns.setdefault(name, {})[cell] = f"{', '.join(f'{u:.0f}' for u in runs[0])}: {effective}"
-        rarest = min(u for runs in shares.values() for run in runs for u in run)
-        text = f"{cell}: in each modality and seed, each expert is chosen by {even / 4:g} % of the tokens (a quarter "
-        text += f"of an even share) or more; the rarest by {rarest:.1f} %"
-        verdicts.append({"text": text, "verdict": "shown" if rarest >= even / 4 else "not shown"})
-        series = [(name, [[u] for u in runs[0]]) for name, runs in shares.items()]
-        title = cell.projector.upper() + ("" if cell.balance else ", no balancing")
-        panels[f"{title}: tokens (%) by expert"] = range(1, 1 + cell.num_experts), series
-    return columns, verdicts, panels
-
-
-FINDINGS = {"experts": experts, "usage": usage}  # of the other claims: word_errors
-
-
-def draw_bars(panels):
-    """Grouped bars: the mean of each list of values, and its standard deviation."""
+def draw(panels, lines):
+    """Lines or grouped bars: the mean of each list of values, and its standard deviation."""
     fig, axes = plt.subplots(1, len(panels), figsize=(3.8 * len(panels), 3), squeeze=False, layout="constrained")
     for ax, (title, (groups, series)) in zip(axes[0], panels.items()):
         for i, (name, values) in enumerate(series):
-            x = [at + (i - (len(series) - 1) / 2) * 0.8 / len(series) for at in range(len(groups))]
             means = [statistics.mean(v) if v else math.nan for v in values]
-            deviations = [statistics.stdev(v) if len(v) > 1 else math.nan for v in values]
-            ax.bar(x, means, 0.8 / len(series), yerr=deviations, capsize=2, color=COLOURS[name], label=name)
+            style = {"yerr": [statistics.stdev(v) if len(v) > 1 else math.nan for v in values], "capsize": 2}
+            style |= {"color": COLOURS.get(name), "label": name}
+            if lines:
+                ax.errorbar(range(len(groups)), means, marker=".", **style)
+            else:
+                x = [at + (i - (len(series) - 1) / 2) * 0.8 / len(series) for at in range(len(groups))]
+                ax.bar(x, means, 0.8 / len(series), **style)
         ax.set(title=title, xticks=range(len(groups)), xticklabels=groups, ylim=(0, None))
     handles = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels())}
     fig.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, frameon=False)
     return fig
 
 
-def write(runs, commands, args):
-    """NAME.md, NAME.json and the pictures. runs, commands: {(cell, seed): ...}."""
+# --- the page ----------------------------------------------------------------------------------------------------
+
+
+def write(runs, args):
+    """NAME.md, NAME.json and the pictures. runs: {(cell, seed): folder}."""
     args.out.mkdir(parents=True, exist_ok=True)
-    done, numbers, facts = {}, {}, []
+    done, numbers = {}, {}
     for (cell, seed), folder in runs.items():
         run = done.setdefault(cell, {})[seed] = read_run(folder)
-        facts.append(run.results | json.loads((folder / "cell.json").read_text()))
-        numbers[folder.name] = run.results | {"data": args.data}  # no path of this machine
-        numbers[folder.name] |= {"command": commands[cell, seed], "parameters": run.sizes}
-    about = {"name": args.name, "finished": len(runs)}
-    for key in ("device", "code", "clips", "num_beams"):
-        about[key] = " and ".join(sorted({str(fact[key]) for fact in facts}))
-    head = "{finished} runs, on {device}, code {code}; {clips} test clips, {num_beams} beam(s)".format(**about)
+        numbers[folder.name] = {"wer": run.results["wer"], "others": run.others["wer"], "parameters": run.sizes}
+        numbers[folder.name] |= {"routing": run.results["routing"]}
+    about = {"name": args.name, "runs": len(runs)} | {key: run.results[key] for key in ("device", "clips", "num_beams")}
+    head = "{runs} runs, on {device}; {clips} test clips, {num_beams} beam(s)".format(**about)
     lines, claims = [f"# {args.name}\n", f"{head}. Written by `study/reproduce.py`; study/README.md explains it.\n"], {}
     for name, claim in claims_of(args).items():
-        columns, verdicts, panels = FINDINGS.get(name, word_errors)(done, claim, args)
-        table = [["", *claim.snrs, "seeds", "trained", "projector", "active", *columns]]
+        columns, verdicts = {"experts": experts, "usage": usage}.get(name, lambda *_: ({}, []))(done, claim, args)
+        others = ["other talkers, clean", "0 dB"] if run.others["wer"] else []
+        table = [["", *claim.snrs, *others, "seeds", "trained", "projector", "active", *columns]]
         for cell in claim.cells:
-            row = [str(cell), *(spread(wers(done, cell, snr)) for snr in claim.snrs), str(len(done[cell]))]
-            row += [f"{n / 1e6:.2f}" for n in done[cell][0].sizes.values()]
+            row = [str(cell), *(spread(wers(done, cell, snr)) for snr in claim.snrs)]
+            row += [spread(wers(done, cell, snr, "others")) for snr in ("clean", "0")[: len(others)]]
+            row += [str(len(done[cell])), *(f"{n / 1e6:.2f}" for n in done[cell][0].sizes.values())]
             table.append(row + [texts.get(cell, "–") for texts in columns.values()])
         verdicts = [compare(done, *pair, claim.over) for pair in claim.pairs] + verdicts
         claims[name] = {"paper": claim.paper, "table": table, "verdicts": verdicts}
-        draw_bars(panels).savefig(args.out / f"{args.name}-{name}.png", dpi=150, bbox_inches="tight")
-        lines += [f"## {name.capitalize()}\n", f"The paper: {claim.paper}\n"]
+        figure = draw(panels_of(name, done, claim), lines=name in ("noise", "experts", "data"))
+        figure.savefig(args.out / f"{args.name}-{name}.png", dpi=150, bbox_inches="tight")
+        lines += [f"## {name.capitalize()}\n", f"{claim.paper}\n"]
         lines += [f"| {' | '.join(row)} |" for row in [table[0], ["---"] * len(table[0]), *table[1:]]]
         lines += ["", f"![{name}]({args.name}-{name}.png)\n"]
         lines += [f"- {verdict['text']}: **{verdict['verdict']}**" for verdict in verdicts] + [""]
-    lines += ["## Commands\n", "Of the first seed; the others have another `--seed`.\n", "```bash"]
-    lines += [command for (_, seed), command in commands.items() if seed == 0] + ["```\n"]
+    if DEDR in done and (picture := done[DEDR][0].folder / "clip.png").is_file():
+        shutil.copy(picture, args.out / f"{args.name}-clip.png")
+        lines += ["## A clip\n", f"Of {DEDR}, seed 0.\n", f"![a test clip and its experts]({args.name}-clip.png)\n"]
     (args.out / f"{args.name}.md").write_text("\n".join(lines), encoding="utf-8")
-    about |= {"claims": claims, "runs": numbers}
+    about |= {"claims": claims, "results": numbers}
     (args.out / f"{args.name}.json").write_text(json.dumps(about, indent=1) + "\n")
     print(f"wrote {args.out / args.name}.md, .json and pictures")

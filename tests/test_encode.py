@@ -26,7 +26,7 @@ def encoded(tmp_path_factory):
     folder, sizes = tmp_path_factory.mktemp("encoded"), dict(synthetic.SIZES)
     synthetic.SIZES.update(train=12, valid=3, test=4)
     small_model().save(folder / "run")
-    command("tools.encode", "synthetic", folder / "features", *encoders_of(folder / "run"))
+    command(encode, "synthetic", folder / "features", *encoders_of(folder / "run"))
     yield folder / "run", folder / "features"
     synthetic.SIZES.update(sizes)
 
@@ -35,11 +35,11 @@ def encoders_of(run):
     return "--audio-encoder", run, "--video-encoder", run, "--copies", 2, "--snr", "0", "--workers", 0
 
 
-def command(name, *words):
+def command(module, *words):
     """Run the main() of a module with this command line."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [name, *map(str, words)])
-        {"tools.encode": encode, "tools.lips": lips, "eval": evaluation}[name].main()
+        patch.setattr(sys, "argv", [module.__name__, *map(str, words)])
+        module.main()
 
 
 @pytest.mark.parametrize("task", MODALITIES)
@@ -91,23 +91,27 @@ def test_a_run_on_features_is_a_run(encoded, tmp_path, capsys):
     train.train(*train.parse_args(words))
     assert (tmp_path / "clip.png").is_file()
     files = {name: (tmp_path / name).read_text() for name in ("results.json", "hypotheses.jsonl")}
-    command("eval", tmp_path, "--data", "synthetic", "--snr", "clean", "0", "--device", "cpu")
+    command(evaluation, tmp_path, "--data", "synthetic", "--snr", "clean", "0", "--device", "cpu")
     assert (tmp_path / "hypotheses.jsonl").read_text() == files["hypotheses.jsonl"]
-    command("eval", tmp_path, "--snr", "clean", "0", "--device", "cpu")
+    command(evaluation, tmp_path, "--snr", "clean", "0", "--device", "cpu")
     assert {name: (tmp_path / name).read_text() for name in files} == files
-    with pytest.raises(InputError, match="not encoded at 5 dB"):
-        command("eval", tmp_path, "--snr", "clean", "5", "--device", "cpu")
-    with pytest.raises(InputError, match="--video-encoder: .* was encoded with .*run"):
-        train.parse_args([*words, "--video-encoder", json.dumps(AVHUBERT)])
+    with pytest.raises(InputError, match="snr5.safetensors: missing"):
+        command(evaluation, tmp_path, "--snr", "clean", "5", "--device", "cpu")
     torch.manual_seed(3)
     other = Encoders("avsr", encoded[0], AVHUBERT, audio_window="clip")
-    with pytest.raises(InputError, match="features: not of the model's video encoder"):
-        Features(encoded[1]).check(other, [None])
+    with pytest.raises(InputError, match="features: not made with the model's video encoder"):
+        Features(encoded[1]).check(other, {})
+    other = Encoders("asr", encoded[0], None, audio_pool=2, audio_window="clip")
+    with pytest.raises(InputError, match="model's audio encoder: pool 4, clip, weights .*, not pool 2"):
+        Features(encoded[1]).check(other, {})
+    for module in (encode, lips):
+        with pytest.raises(InputError, match="features"):
+            command(module, encoded[1], tmp_path / "out", "--video-encoder" if module is encode else "--seed", 1)
 
 
 def test_encoding_goes_on_shard_by_shard(encoded, tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "SHARD", 5)
-    begin = ("tools.encode", "synthetic", tmp_path, *encoders_of(encoded[0]))
+    begin = (encode, "synthetic", tmp_path, *encoders_of(encoded[0]))
     command(*begin)
     files = {file: file.read_bytes() for file in sorted(tmp_path.rglob("*.safetensors"))}
     assert len(files) == 3 * 3 + 1 + 2
@@ -120,7 +124,7 @@ def test_encoding_goes_on_shard_by_shard(encoded, tmp_path, monkeypatch):
         file.unlink()
     command(*begin)
     assert {file: file.read_bytes() for file in files} == files
-    with pytest.raises(InputError, match="encoded with something else .seed 0, now 1."):
+    with pytest.raises(InputError, match="begun with other settings .seed 0, now 1."):
         command(*begin, "--seed", 1)
     with safe_open(lost[0], "pt") as file:
         assert file.get_tensor(next(iter(file.keys()))).dtype == torch.float16
@@ -129,17 +133,13 @@ def test_encoding_goes_on_shard_by_shard(encoded, tmp_path, monkeypatch):
 def test_greedy_ctc_joins_repetitions_and_drops_blanks(monkeypatch):
     reader = lips.LipReader(" ab", AVHUBERT)
     classes = torch.tensor([[2, 2, 0, 2, 1, 3, 3, 0], [0, 3, 1, 0, 1, 0, 2, 2]])  # 1 is the space
-    monkeypatch.setattr(reader, "score", lambda batch: nn_one_hot(classes))
+    monkeypatch.setattr(reader, "score", lambda batch: torch.nn.functional.one_hot(classes, 4))
     assert reader.read({"video_lengths": torch.tensor([8, 5])}) == ["aa b", "b  "]
-
-
-def nn_one_hot(classes):
-    return torch.nn.functional.one_hot(classes, 4).float()
 
 
 def test_lips_learn_and_serve_as_video_encoder(encoded, tmp_path):
     words = ("synthetic", tmp_path, "--encoder", json.dumps(AVHUBERT), "--workers", 0, "--device", "cpu")
-    command("tools.lips", *words, "--epochs", 3, "--lr", 3e-3)
+    command(lips, *words, "--epochs", 3, "--lr", 3e-3)
     losses = [
         line["lm"] for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()) if "lm" in line
     ]

@@ -7,12 +7,13 @@ import sys
 
 import pytest
 import torch
-from common import LLM, ROOT, WHISPER, small_model
+from common import LLM, ROOT, small_model
 from safetensors.torch import load_file
 
+import synthetic
 from data import ClipDataset, collate, load_corpus
 from study import bench, claims, reproduce
-from tools import prepare
+from tools import encode
 
 
 @pytest.mark.parametrize("num_beams", [1, 4])
@@ -58,69 +59,81 @@ def read_arguments(monkeypatch, line):
 
 def test_readme_counts_the_runs(monkeypatch):
     text = (ROOT / "study" / "README.md").read_text()
-    text = text.replace("\ngrid ", "\npython -m study.reproduce --data grid-mouths ")  # a function of the shell
-    for line, runs in re.findall(r"^python -m study.reproduce (.*?) +# (\d+) runs", text, re.MULTILINE):
+    found = re.findall(r"^python -m study.reproduce (.*?) +# (\d+) runs", text, re.MULTILINE)
+    for line, runs in found:
         assert len(reproduce.all_runs(read_arguments(monkeypatch, line))) == int(runs), line
+    assert found
 
 
 def test_tables_and_pictures_are_of_the_runs(monkeypatch, tmp_path):
-    """Six cells, three seeds: the MLP misses every second word, the mixtures every fourth."""
-    args = read_arguments(monkeypatch, f"--data synthetic --quick --runs {tmp_path} --out {tmp_path}/out")
+    """Three seeds: the MLP misses every second word, the mixtures every fourth; on other talkers all miss all."""
+    line = f"--data {tmp_path}/grid --seeds 3 --runs {tmp_path} --out {tmp_path}/out"
+    args = read_arguments(monkeypatch, line)
+    (tmp_path / "grid").mkdir()
+    rows = "".join(f"clip{i},train/000,75,bin blue at f\n" for i in range(20))
+    (tmp_path / "grid" / "train.csv").write_text("id,path,frames,text\n" + rows)
     runs = reproduce.all_runs(args)
-    for (cell, _), folder in runs.items():
+    for (cell, seed), folder in runs.items():
         hypothesis, wer = ("bin blue", 50.0) if cell.projector == "mlp" else ("bin blue at", 25.0)
-        lines = [{"snr": snr, "id": i, "reference": "bin blue at f"} for snr in claims.SNRS for i in range(10)]
+        snrs = claims.SNRS if cell.task != "vsr" else ["clean"]
+        lines = [{"snr": snr, "id": i, "reference": "bin blue at f"} for snr in snrs for i in range(10)]
         lines = [json.dumps(line | {"hypothesis": hypothesis}) + "\n" for line in lines]
-        usage = {"usage": [0.5] * 4 if cell.balance else [0.1, 0.9, 0.5, 0.5]}
-        results = {"wer": dict.fromkeys(claims.SNRS, wer), "routing": {"audio": usage, "video": usage}}
-        results |= {"device": "a CPU", "clips": 10, "num_beams": 1}
+        usage = {"usage": [0.5] * cell.num_experts if cell.balance else [0.1, 0.9, 0.5, 0.5]}
+        results = {"wer": dict.fromkeys(snrs, wer), "routing": {"audio": usage, "video": usage}}
+        results |= {"device": "a CPU", "clips": 10, "num_beams": 1, "data": reproduce.arguments(cell, seed, args)[1]}
         sizes = {"trained": 2e6, "projector": 1e6, "active": 5e5}
-        folder.mkdir(parents=True)
+        files = {"results": results, "sizes": sizes, "decode": [1.0] * 9}
+        files |= {
+            "cell": {"code": "abc", "features": "def", "arguments": []},
+            "others/results": {"wer": {"clean": 100.0}},
+        }
+        (folder / "others").mkdir(parents=True)
         (folder / "hypotheses.jsonl").write_text("".join(lines))
-        for name, value in (("results", results), ("sizes", sizes), ("decode", [1.0] * 9), ("cell", {"code": "abc"})):
+        for name, value in files.items():
             (folder / f"{name}.json").write_text(json.dumps(value))
-    claims.write(runs, dict.fromkeys(runs, "python train.py"), args)
-    table = (tmp_path / "out" / "synthetic-quick.md").read_text()
-    assert "| AVSR MLP small | 50.0 ± 0.0 | 50.0 ± 0.0 | 50.0 ± 0.0 | 3 | 2.00 | 1.00 | 0.50 |" in table
+    claims.write(runs, args)
+    table = (tmp_path / "out" / "grid.md").read_text()
+    row = "| AVSR MLP small | 50.0 ± 0.0 | 50.0 ± 0.0 | 50.0 ± 0.0 | 100.0 ± 0.0 | – | 3 | 2.00 | 1.00 | 0.50 |"
+    assert row in table and "| VSR MLP small | 50.0 ± 0.0 | – | – |" in table
     assert "AVSR DEDR e4 k2 small against AVSR MLP small: -25.0 points of WER [-25.0, -25.0], lower in 3 of 3" in table
-    assert "| 50, 50, 50, 50: 4.0 ± 0.0 |" in table and "the rarest by 10.0 %: **not shown**" in table
+    assert "| 50, 50, 50, 50 |" in table and "the rarest by 10.0 %: **not shown**" in table
     assert "decodes in at most 1.1 times the MLP's time: 1.00 [1.00, 1.00]: **shown**" in table
-    assert len(list((tmp_path / "out").glob("synthetic-quick-*.png"))) == 4
+    assert len(list((tmp_path / "out").glob("grid-*.png"))) == 6
 
 
 @pytest.mark.slow
-def test_study_goes_on_and_refuses_changed_runs(tmp_path):
-    """A video encoder and four models that need it, on four clips as prepare.py writes them."""
-    for split in ("train", "valid", "test"):
-        clips, load = load_corpus("synthetic", split)
-        rows = [f"{clip.id},{clip.id}.mp4,{clip.frames},{clip.text}" for clip in clips[:4]]
-        (tmp_path / f"{split}.csv").write_text("\n".join(["id,path,frames,text", *rows]))
-        for clip in clips[:4]:
-            prepare.write_video(tmp_path / f"{clip.id}.mp4", load(clip, "video"))
-            prepare.write_audio(tmp_path / f"{clip.id}.wav", load(clip, "audio"))
+def test_study_goes_on_and_refuses_changed_runs(monkeypatch, tmp_path):
+    """The data's cells on features of a few clips, evaluated on the same clips as others."""
+    for split, count in (("train", 8), ("valid", 2), ("test", 4)):
+        monkeypatch.setitem(synthetic.SIZES, split, count)
+    small_model().save(tmp_path / "encoders")
+    encoders = f"--audio-encoder {tmp_path}/encoders --video-encoder {tmp_path}/encoders"
+    monkeypatch.setattr(sys, "argv", f"encode synthetic {tmp_path}/tiny {encoders} --copies 1 --workers 0".split())
+    encode.main()
+    (tmp_path / "tiny" / "others.csv").write_text((tmp_path / "tiny" / "test.csv").read_text())
 
     def study(*extra, ok=True):
-        line = f"--quick --seeds 1 --claims usage --name tiny --data {tmp_path} --runs {tmp_path} --out {tmp_path}/out"
-        whisper = json.dumps(WHISPER | {"d_model": 512})  # as wide as the study's video encoder
-        words = ["-m", "study.reproduce", *line.split(), "--audio-encoder", whisper, "--", "--llm", json.dumps(LLM)]
-        words += "--epochs 2 --clean-epochs 1 --max-frames 200 --workers 0 --device cpu --eval-snr".split()
-        command = [sys.executable, *words, "clean 0", *extra]
+        line = f"--seeds 1 --claims data --data {tmp_path}/tiny --runs {tmp_path}/runs"
+        words = ["-m", "study.reproduce", *line.split(), "--out", tmp_path / "out", "--", "--llm", json.dumps(LLM)]
+        words += "--epochs 2 --clean-epochs 1 --max-frames 200 --device cpu".split()
+        command = [sys.executable, *words, *extra]
         done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=600)
         assert (done.returncode == 0) == ok, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    assert "0 runs are finished, 5 to train" in study()
-    encoder, dedr = (tmp_path / "tiny" / name for name in ("vsr-dedr-e4-k2-small-s0", "avsr-dedr-e4-k2-small-s0"))
+    assert "0 runs are finished, 6 to train" in study()
+    runs = tmp_path / "runs" / "tiny"
+    assert [len(load_corpus(runs / f"share-{share}", "train")[0]) for share in ("0.25", "0.5")] == [2, 4]
+    dedr = runs / "avsr-dedr-e4-k2-small-s0"
     results = json.loads((dedr / "results.json").read_text())
-    table = (tmp_path / "out" / "tiny.md").read_text()
-    assert f"| AVSR DEDR e4 k2 small | {results['wer']['clean']:.1f} | {results['wer']['0']:.1f} | – | 1 |" in table
+    assert json.loads((dedr / "others" / "results.json").read_text())["wer"] == results["wer"]
     weights = load_file(dedr / "model.safetensors")
     count = lambda *parts: sum(x.numel() for name, x in weights.items() if name.startswith(parts))  # noqa: E731
-    sizes = {"trained": count("projector.", "audio_encoder.", "llm."), "projector": count("projector.")}
+    sizes = {"trained": count("projector.", "llm."), "projector": count("projector.")}
     sizes["active"] = count("projector.gates.audio.") + 2 * count("projector.experts.audio.3.")
     assert json.loads((dedr / "sizes.json").read_text()) == sizes
     (dedr / "results.json").unlink()  # as if it had been killed
-    assert "4 runs are finished, 1 to train" in study()
+    assert "5 runs are finished, 1 to train" in study()
     assert json.loads((dedr / "results.json").read_text())["wer"] == results["wer"]
     printed = study("--prompt", "now", ok=False)
-    assert f"error: {encoder}: trained with other arguments than asked for" in printed and "Traceback" not in printed
+    assert "s0: trained with another --prompt; delete it" in printed and "Traceback" not in printed

@@ -324,7 +324,7 @@ def test_a_broken_run_goes_on_bit_by_bit(corpus, tmp_path):
     process = subprocess.Popen(command, cwd=ROOT, env=ENV)
     log = broken / "metrics.jsonl"
     wait_until(lambda: log.exists() and len(log.read_text().splitlines()) >= 8, process)
-    with pytest.raises(InputError, match="broken: another process is training this run"):
+    with pytest.raises(InputError, match="broken: another process writes this folder"):
         runs.RunFolder(broken).begin({})
     process.kill()
     process.wait()

@@ -8,22 +8,37 @@ from model import MAX_NEW_TOKENS
 from tools.errors import InputError
 
 
-def check_clips(model, clips):
-    """An InputError names every clip whose length or transcript this model cannot take; no clip is read."""
+def count_frames(encoders, clips):
+    """({modality: tokens of each clip}, {what is wrong with their lengths: (B,) bool})."""
     frames = torch.tensor([clip.frames for clip in clips])
     samples = frames * (whisper_encoder.SAMPLE_RATE // FPS)
     lengths = {"audio": whisper_encoder.whisper_frames(samples), "video": frames}
-    counts = {modality: lengths[modality] // model.pools[modality] for modality in model.modalities}
+    counts = {modality: lengths[modality] // encoders.pools[modality] for modality in encoders.modalities}
+    faults = {f"too short for {m} pooling by {encoders.pools[m]}": count < 1 for m, count in counts.items()}
+    if "audio" in encoders.modalities:
+        faults["longer than Whisper's 30 s"] = samples > whisper_encoder.MAX_SAMPLES
+    return counts, faults
+
+
+def check_lengths(encoders, clips):
+    """An InputError names every clip whose length these encoders cannot take; no clip is read."""
+    refuse(clips, count_frames(encoders, clips)[1])
+
+
+def check_clips(model, clips):
+    """An InputError names every clip whose length or transcript this model cannot take; no clip is read."""
+    counts, faults = count_frames(model, clips)
     texts = [clip.text for clip in clips]
     tokens = model.count_tokens(texts)
     most = model.llm.config.max_position_embeddings
     rest = model.token_ids({modality: torch.tensor([0]) for modality in model.modalities})[0].numel()  # markers, prompt
-    faults = {f"too short for {m} pooling by {model.pools[m]}": counts[m] < 1 for m in model.modalities}
     faults[f"a transcript of more than {MAX_NEW_TOKENS} tokens"] = tokens > MAX_NEW_TOKENS
     faults["a transcript that the tokenizer alters, or with a token like </s>"] = find_altered(model.tokenizer, texts)
     faults[f"more tokens than the LLM's {most} positions"] = rest + sum(counts.values()) + tokens > most
-    if "audio" in model.modalities:
-        faults["longer than Whisper's 30 s"] = samples > whisper_encoder.MAX_SAMPLES
+    refuse(clips, faults)
+
+
+def refuse(clips, faults):
     found = [f"{clips[i].id}: {fault}" for fault, where in faults.items() for i in where.nonzero().flatten()]
     if found:
         more = f"; and {len(found) - 20} more" if len(found) > 20 else ""

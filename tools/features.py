@@ -1,20 +1,20 @@
-"""The features of a corpus that tools/encode.py has encoded once: where they lie, what they are of, how they are read.
+"""The features of a corpus that tools/encode.py computed: where they are stored, what they were made from, reading them.
 
 Their folder holds features.json; the manifests, in which the `path` of a clip is its shard, SPLIT/NUMBER; and in each shard
-a safetensors file a version, with the tensors ID.audio and ID.video, (tokens, D) in float16. The versions are "clean",
-"copy0", "copy1", ... (augmented as in training) and "snr5", "snr-5", ... (noise at so many dB).
+one safetensors file per version, with the tensors ID.audio and ID.video, (tokens, D) in float16. The versions are "clean",
+"copy0", "copy1", ... (augmented as in training) and "snr5", "snr-5", ... (noise at that many dB).
 """
 
 import json
 from functools import lru_cache
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from tools.errors import InputError
 
 FACTS = "features.json"
-# What features.json tells train.py, in the words of its arguments.
+# Entries of features.json that are also arguments of train.py.
 SETTINGS = "audio_encoder video_encoder audio_window audio_pool video_pool noise".split()
 
 
@@ -25,17 +25,24 @@ class Features:
 
     def __call__(self, clip, modality, version):
         """(tokens, D) float16 of a clip."""
-        return open_shard(clip.path / f"{version}.safetensors").get_tensor(f"{clip.id}.{modality}")
+        file = clip.path / f"{version}.safetensors"
+        try:
+            return open_shard(file).get_tensor(f"{clip.id}.{modality}")
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{file}: {error}") from None
 
-    def check(self, model, snrs):
-        """An InputError unless these features are of the model's encoders, and at these SNRs."""
-        for modality, weights in model.fingerprints().items():
-            if self.facts["weights"].get(modality) != weights:
-                raise InputError(
-                    f"{self.folder}: not of the model's {modality} encoder; encode again into another folder"
-                )
-        if lacking := [f"{snr:g}" for snr in snrs if snr is not None and snr not in self.facts["snrs"]]:
-            raise InputError(f"{self.folder}: not encoded at {', '.join(lacking)} dB")
+    def check(self, model, versions):
+        """An InputError unless these features were made with the model's encoders and {version: clips} are there."""
+        for modality, asked in model.fingerprints().items():
+            if (found := self.facts["encoders"].get(modality)) is None:
+                raise InputError(f"{self.folder}: no {modality} in these features; give another --task")
+            if found != asked:
+                made = f"{', '.join(found)}, not {', '.join(asked)}"
+                raise InputError(f"{self.folder}: not made with the model's {modality} encoder: {made}")
+        for version, clips in versions.items():
+            for shard in sorted({clip.path for clip in clips}):
+                if not (file := shard / f"{version}.safetensors").is_file():
+                    raise InputError(f"{file}: missing; python -m tools.encode did not finish, or was not asked for it")
 
 
 def is_features(data):
@@ -43,7 +50,7 @@ def is_features(data):
 
 
 def raw_of(data):
-    """The corpus itself: `data`, or what the features in that folder were made of."""
+    """The corpus itself: `data`, or what the features in that folder were made from."""
     return Features(data).facts["data"] if is_features(data) else data
 
 
@@ -52,8 +59,6 @@ def version_at(snr):
 
 
 @lru_cache(maxsize=None)
-def open_shard(path):
+def open_shard(file):
     """A shard's file, mapped into memory."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such features; python -m tools.encode goes on where it was stopped")
-    return safe_open(path, "pt")
+    return safe_open(file, "pt")

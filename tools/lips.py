@@ -19,12 +19,14 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from avhubert import AVHubertEncoder, normalise
+from avhubert import normalise
 from data import ClipDataset, load_corpus, make_loader, pack, plan_run
+from encoders import load_encoder
 from eval import word_error_rate
 from model import Losses
 from tools import run as runs
-from tools.errors import run_command
+from tools.errors import InputError, run_command
+from tools.features import Features
 from train import Args, keys_of, train_steps
 
 ENCODER = {"dim": 512, "layers": 2, "heads": 8, "ffn_dim": 1024, "stem_width": 16, "stem_stride": 8}
@@ -39,7 +41,7 @@ class LipReader(nn.Module):
     def __init__(self, characters, settings):
         super().__init__()
         self.characters = characters
-        self.video_encoder = AVHubertEncoder(**settings)
+        self.video_encoder = load_encoder(settings, "video_encoder")
         self.head = nn.Linear(self.video_encoder.dim, 1 + len(characters))
 
     @property
@@ -76,6 +78,16 @@ class LipReader(nn.Module):
         self.load_state_dict(state)
 
 
+def check_spelling(clips):
+    """CTC writes at most a character a frame, and needs a blank between two that are the same."""
+    for clip in clips:
+        repeats = sum(a == b for a, b in zip(clip.text, clip.text[1:]))
+        if len(clip.text) + repeats > clip.frames:
+            raise InputError(
+                f"{clip.id}: a transcript of {len(clip.text)} characters does not fit {clip.frames} frames"
+            )
+
+
 def evaluate(model, clips, load, max_frames, workers):
     """WER (%) of greedy CTC and its 95 % interval."""
     model.eval()
@@ -93,6 +105,7 @@ def main():
     add(
         "--encoder", type=json.loads, default=ENCODER, help="JSON of AVHubertEncoder's arguments (default: %(default)s)"
     )
+    add("--overwrite", action="store_true", help="delete the run in OUT and start anew")
     add("--seed", type=int, default=0)
     add("--lr", type=float, default=6e-4)
     add("--workers", type=int, default=2)
@@ -106,8 +119,11 @@ def train(given):
     rank, world, device = runs.join_processes(args.device)
     torch.manual_seed(args.seed)
     (clips, load), (valid, _), (test, _) = (load_corpus(args.data, split) for split in ("train", "valid", "test"))
+    if isinstance(load, Features):
+        raise InputError(f"{args.data}: features; give the corpus that they were made from")
+    check_spelling([*clips, *valid, *test])
     run = runs.RunFolder(args.out, rank)
-    run.begin(dataclasses.asdict(args) | {"encoder": given.encoder})
+    run.begin(dataclasses.asdict(args) | {"encoder": given.encoder}, overwrite=given.overwrite)
     model = LipReader("".join(sorted(set("".join(clip.text for clip in clips)))), given.encoder).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay)
     run.facts = {"processes": world, "train split (checksum)": runs.fingerprint(clips)}
@@ -121,7 +137,7 @@ def train(given):
 
     def end_epoch(model, epoch, number, *_):
         runs.share_state(model)
-        if run.writes and (epoch % 5 == 4):
+        if run.writes and epoch % 5 == 4:
             run.log(step=number, epoch=epoch, valid_wer=evaluate(model, valid, load, args.max_frames, args.workers)[0])
 
     train_steps(model, optimizer, plan, done, batches, 0, run, args, end_epoch)
@@ -132,8 +148,7 @@ def train(given):
             print(f"{split}: WER {wer[split]} % {interval}")
         config = {"task": "vsr", "video_encoder": given.encoder}  # as of a run of train.py
         (given.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        state = {name: x.contiguous() for name, x in model.state_dict().items()}
-        save_file(state, given.out / "model.safetensors")
+        save_file(model.state_dict(), given.out / "model.safetensors")
         (given.out / "results.json").write_text(json.dumps({"wer": wer, "minutes": round(run.minutes(), 1)}) + "\n")
     runs.leave_processes()
 

@@ -13,7 +13,6 @@ killed run continues where it stopped. tools/README.md shows what RAW_DIR may lo
 """
 
 import argparse
-import csv
 import importlib.util
 import math
 import os
@@ -31,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import HEADER
+from data import HEADER, write_table
 from tools.corpora import find_clips
 from tools.errors import InputError, run_command
 from tools.media import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, find_sound, fit_audio, load_audio, load_video, video_frames
@@ -224,11 +223,6 @@ def write_sheet(path, tiles, columns=20):
         stream.width, stream.height, stream.pix_fmt = sheet.shape[1], sheet.shape[0], "gray"
         container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(sheet), format="gray")))
         container.mux(stream.encode())
-
-
-def write_table(path, header, rows):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *rows])
 
 
 # --- the command -------------------------------------------------------------------------------------------------

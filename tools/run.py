@@ -62,7 +62,7 @@ class RunFolder:
             other = [
                 f"{name} {old.get(name)}, now {args.get(name)}"
                 for name in old | args
-                if name != "out" and old.get(name) != args.get(name)
+                if name not in ("out", "workers") and old.get(name) != args.get(name)
             ]
             if other:
                 raise InputError(
@@ -131,7 +131,7 @@ def hold(folder):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which the workers of a killed run would hold
     except OSError as error:
         held = error.errno in (errno.EAGAIN, errno.EACCES)
-        why = "another process is training this run" if held else f"cannot be locked ({error.strerror})"
+        why = "another process writes this folder" if held else f"cannot be locked ({error.strerror})"
         raise InputError(f"{folder}: {why}") from None
     return file
 
