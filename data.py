@@ -5,8 +5,8 @@
     batch = collate([dataset[0], dataset[1, 3]])              # clip 0 as it is, clip 1 as training draws it in epoch 3
     python data.py DIR                                        # reads every clip of a corpus and lists all faults
 
-Every random choice is drawn from (seed, epoch, clip id), never from a global state: what happens to a clip does not
-depend on workers or processes, a resumed run sees the same clips, and an evaluation in noise repeats exactly.
+What happens to a clip is drawn from (seed, epoch, clip id), never from a global state: it does not depend on workers or
+processes, a resumed run sees the same clips, and an evaluation in noise repeats exactly.
 
 Legend: B clips, T video frames (25 a second), S audio samples (16 kHz).
 """
@@ -37,7 +37,7 @@ MAX_REGION = 2 * 96  # a larger picture is no mouth region but a clip that was n
 TRAIN_SNRS = (-5, 0, 5, 10, 15, 20, None)  # dB; None is clean
 HEADER = ["id", "path", "frames", "text"]
 SPLITS = ("train", "valid", "test")
-OTHERS = "others"  # a further split that a corpus may have: talkers that are in none of these
+OTHERS = "others"  # a split that a corpus may have: talkers that no other split has
 
 
 # --- manifests ---------------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def read_lines(path):
 
 
 def load_media(clip, modality):
-    """ "audio" (S,) float32 or "video" (T, H, W) uint8 of a clip on disk, at the length its manifest states."""
+    """The "audio" (S,) float32 or "video" (T, H, W) uint8 of a clip on disk, at the length its manifest states."""
     if modality == "audio":
         audio, length = load_audio(find_sound(clip.path)), clip.frames * SAMPLES_PER_FRAME
         if abs(len(audio) - length) > SAMPLE_RATE // 5:  # codecs pad
@@ -198,7 +198,7 @@ def transform_audio(samples):
 
 def mask_spans(x, rate, rng, longest=0.4):
     """x (T, ...) with spans of up to `longest` seconds set to 0, one per second of the clip, at random places, as in
-    auto_avsr: of the sound before noise is added, of the video as black."""
+    auto_avsr. Sound is masked before noise is added; masked video frames are black."""
     x = x.copy()
     for _ in range(math.ceil(len(x) / rate)):
         start = rng.randrange(len(x))
@@ -290,7 +290,7 @@ def collate(items):
 
 def pack(frames, max_frames, rng=None, world=1):
     """Batches [[clip, ...], ...] of clips of similar length, each with at most `max_frames` video frames per process,
-    padding included. A longer clip is a batch by itself. A last batch with fewer clips than processes joins the
+    padding included. A longer clip is a batch by itself (with the clips of the other processes). A last batch with fewer clips than processes joins the
     one before it. Every clip appears once.
 
     With `rng`, each length is changed by up to 5 % before the clips are sorted, so that other clips share a batch in each
@@ -351,7 +351,7 @@ def make_loader(dataset, batches, workers, pin_memory=False):
 
 
 def default_workers(device):
-    """Data-loading processes: two, or for a GPU one per core, of which processes of torchrun take a share each."""
+    """Data-loading processes: 2, or for a GPU one per core (2 to 16); processes of torchrun share the cores."""
     if not str(device).startswith("cuda"):
         return 2
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

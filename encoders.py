@@ -3,8 +3,8 @@
     encoders = Encoders("avsr", "openai/whisper-medium.en", "large_vox_iter5.pt").to("cuda")
     features, counts = encoders.encode(batch)         # of data.collate -> {modality: (B, tokens, D)}, {modality: (B,)}
 
-The paper trains none of this (but for VSR), so tools/encode.py can compute it once for all runs. A batch then holds
-features in place of sound and video, and `encode` passes them through.
+The paper freezes both (but for LoRA in AV-HuBERT for VSR, which is not implemented here), so tools/encode.py can compute
+this once for all runs. A batch then holds features in place of sound and video, and `encode` passes them through.
 
 Legend: B clips, S samples, T frames, D an encoder's width. A token is the mean of `pool` frames.
 """
@@ -61,15 +61,15 @@ class Encoders(nn.Module):
                     features[modality] = batch[f"{modality}_features"].to(self.device, non_blocking=True).float()
                     continue
                 encode = self.encode_audio if modality == "audio" else self.encode_video
-                x = encode(batch)  # (B, T, D)
-                features[modality] = F.avg_pool1d(x.transpose(1, 2), self.pools[modality]).transpose(1, 2)
+                x = encode(batch).transpose(1, 2)  # (B, D, T)
+                features[modality] = F.avg_pool1d(x, self.pools[modality]).transpose(1, 2)  # (B, tokens, D)
         return features, counts
 
     def counts_of(self, batch):
         """How many tokens each clip has, {modality: (B,) on the CPU}."""
         counts = {}
         for modality in self.modalities:
-            lengths = batch[f"{modality}_lengths"].cpu()
+            lengths = batch[f"{modality}_lengths"].cpu()  # of features: in tokens
             if f"{modality}_features" not in batch:
                 frames = whisper_frames(lengths) if modality == "audio" else lengths
                 lengths = frames // self.pools[modality]  # the remainder is dropped
@@ -86,11 +86,11 @@ class Encoders(nn.Module):
         longest, window = int(frames.max()), whisper_encoder.MAX_SAMPLES
         if samples.max() > window:
             raise InputError(f"{batch['ids'][int(samples.argmax())]}: longer than Whisper's 30 s")
-        if self.audio_window == "clip":  # a frame more: the last of a spectrogram reflect its edge
+        if self.audio_window == "clip":  # a frame more: at its edge, a spectrogram reflects the sound
             window = min((longest + 1) * whisper_encoder.SAMPLES_PER_FRAME, window)
         audio = batch["audio"].to(self.device, non_blocking=True)  # (B, S)
         audio = audio.masked_fill(~self.mask_of(samples, audio.shape[1]), 0)
-        mel = log_mel(F.pad(audio, (0, window - audio.shape[1])), self.mel_filters)  # (B, mels, 2 * window frames)
+        mel = log_mel(F.pad(audio, (0, window - audio.shape[1])), self.mel_filters)  # (B, mels, window / 160)
         if self.audio_window == "30s":
             return whisper_encoder.encode(self.audio_encoder, mel)[:, :longest]
         mel = mel[..., : whisper_encoder.MEL_PER_FRAME * longest]
@@ -103,7 +103,8 @@ class Encoders(nn.Module):
         return self.video_encoder(normalise(video), self.mask_of(frames, video.shape[1]))
 
     def fingerprints(self):
-        """{modality: what its features depend on}: its pool, how much Whisper hears, a checksum of the weights."""
+        """{modality: what its features depend on}: its pool, how much Whisper hears, a checksum of the weights.
+        Call it before `to("cuda")`, which rounds them."""
         prints = {}
         for modality in self.modalities:
             checksum = 0
@@ -148,7 +149,7 @@ class Encoders(nn.Module):
 
 
 def is_trained(module):
-    """Whether any of a module's parameters is trained; all others are frozen."""
+    """Whether any of a module's parameters is trained."""
     return any(p.requires_grad for p in module.parameters())
 
 

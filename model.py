@@ -13,7 +13,7 @@ What the LLM reads of one clip, as in the authors' code, here with 3 audio token
 
 A and V are what the projector makes of the encoders' features; each label is predicted from the position before it.
 
-Legend: B clips, S samples, T frames, L length of the LLM's input, N tokens of a modality in all clips, D a width.
+Legend: B clips, L length of the LLM's input, N tokens of a modality in all clips, D the LLM's width.
 """
 
 import inspect
@@ -72,15 +72,17 @@ class LlamaSMoP(Encoders):
     """Any Whisper, any AV-HuBERT and any Llama, joined by a mixture of projectors.
 
     task: "asr", "vsr" or "avsr"; a task that lacks a modality needs no encoder for it.
-    llm, audio_encoder: a hub name or a folder of transformers, or a dict of LlamaConfig's / WhisperConfig's arguments.
-    video_encoder: an AV-HuBERT checkpoint of fairseq, a run folder that trained one, or AVHubertEncoder's arguments.
+    llm: a hub name or a folder of transformers, or a dict of LlamaConfig's arguments.
+    audio_encoder: the same with WhisperConfig, or the folder of a run that trained one.
+    video_encoder: a fairseq checkpoint of AV-HuBERT, the folder of a run that trained one, or a dict of AVHubertEncoder's
+        arguments.
     tokenizer: of transformers; by default the LLM's own. A random LLM needs one, see tools/tokenizer.py.
     projector: "DEDR", "JEDR", "JEJR", or "MLP" (one expert: the projector of Llama-AVSR).
     num_experts, top_k, dim_hidden: of each mixture; dim_hidden defaults to the LLM's width.
     audio_pool, video_pool: features averaged into one token (the paper's downsampling factors).
     audio_window: "30s" gives Whisper 30 seconds, as it was trained; "clip" only the clip, which costs a tenth for clips
         of 3 s, but shows a pretrained Whisper inputs unlike its training.
-    lora_rank: default a 32nd of the LLM's width; lora_scale multiplies the update (published: 64 of 2048, 0.125).
+    lora_rank: default a 32nd of the LLM's width; lora_scale: factor of the update (published: rank 64 at width 2048, 0.125).
     prompt: default PROMPTS[task], and none for a random LLM, which has nothing to recall.
     load_balancing_weight, router_z_weight: of the two routing losses; "MLP" has neither.
     tokens_per_second: of the fastest speech in training; it bounds the length of a transcript, see `most_tokens`.
@@ -90,7 +92,7 @@ class LlamaSMoP(Encoders):
         projector             everything                   everything
         Llama                 LoRA on q and v              everything
 
-    The rows of the added tokens are random and stay so with a pretrained LLM. Whisper's positions are never trained.
+    With a pretrained LLM, the rows of the added tokens are random and are not trained. Whisper's positions are never trained.
 
     Padding is masked in the encoders, in project (tokens: for the mixture and its losses), embed (attention mask) and
     token_ids (labels: for the transcripts' loss).
@@ -150,7 +152,7 @@ class LlamaSMoP(Encoders):
             embeddings, mask, labels, routing = self.embed(batch, batch["texts"])
             decoder, head = self.llm.get_decoder(), self.llm.get_output_embeddings()
             hidden = decoder(inputs_embeds=embeddings, attention_mask=mask, use_cache=False)[0]  # (B, L, D)
-            text = labels[:, 1:] != IGNORE  # logits only where a transcript is predicted
+            text = labels[:, 1:] != IGNORE  # (B, L - 1) bool: logits only where a transcript is predicted
             logits = head(hidden[:, :-1][text])  # (text tokens, vocabulary)
         lm = F.cross_entropy(logits.float(), labels[:, 1:][text])
         balance, z = routing.load_balancing_loss, routing.router_z_loss
@@ -159,7 +161,7 @@ class LlamaSMoP(Encoders):
     def embed(self, batch, texts=None):
         """The LLM's input: embeddings (B, L, D), attention mask (B, L), labels (B, L), MultimodalRouting.
 
-        With texts (training) rows are padded on the right, without (generation) on the left.
+        Rows are padded on the right with texts (training), on the left without (generation).
         """
         features, counts, routing = self.project(batch)
         ids, labels = (x.to(self.device, non_blocking=True) for x in self.token_ids(counts, texts))
@@ -210,7 +212,7 @@ class LlamaSMoP(Encoders):
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def most_tokens(self, batch):
-        """The largest number of tokens of each transcript, (B,): 1.5 times what the fastest training speech would need, plus
+        """The most tokens that each transcript may have, (B,): 1.5 times what the fastest training speech would need, plus
         10. A model may repeat itself endlessly on unfamiliar speech."""
         modality, rate = self.modalities[0], self.config["tokens_per_second"]
         counts = self.counts_of(batch)[modality]
@@ -224,20 +226,18 @@ class LlamaSMoP(Encoders):
         """The new tokens' ids (B, length) after each clip's prefix, at most `max_new_tokens`, or as many as
         `most_tokens` says; `settings` are GenerationConfig's.
 
-        All of the prefix but its last token runs through the LLM once a clip, and its cache is repeated for the beams:
-        transformers' `generate` would run it once a beam.
+        The prefix (all that the LLM reads before the transcript), without its last token, runs once per clip, and its
+        cache is repeated for the beams; transformers' `generate` would run it once per beam.
         """
-        limit, ends = max_new_tokens, []
-        if limit is None:
+        ends = []
+        if max_new_tokens is None:
             most = self.most_tokens(batch).to(self.device)
-            limit, ends = (
-                int(most.max()) + 1,
-                [EndAfter(most.repeat_interleave(num_beams), self.tokenizer.eos_token_id)],
-            )
+            max_new_tokens = int(most.max()) + 1
+            ends.append(EndAfter(most.repeat_interleave(num_beams), self.tokenizer.eos_token_id))
         config = GenerationConfig(
             num_beams=num_beams,
             do_sample=False,
-            max_new_tokens=limit,
+            max_new_tokens=max_new_tokens,
             bos_token_id=self.tokenizer.bos_token_id,
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
@@ -273,7 +273,7 @@ class LlamaSMoP(Encoders):
     def trained_state(self):
         """{name: tensor} of all that training changes, or that was drawn at random: what a run has to keep."""
         state = {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
-        if "video" in self.modalities:  # BatchNorm's statistics, also frozen ones: in the authors' training they moved
+        if "video" in self.modalities:  # BatchNorm's statistics, frozen or not: the authors' training moved them
             state |= {f"video_encoder.{name}": b for name, b in self.video_encoder.named_buffers()}
         if not isinstance(self.config["llm"], dict):  # the rows of the new tokens, in a vocabulary that is frozen
             new = self.tokenizer.convert_tokens_to_ids(["<pad>", *MARKERS])
@@ -295,7 +295,7 @@ class LlamaSMoP(Encoders):
                 own[name].copy_(value)
 
     def save(self, folder):
-        """Write config.json, model.safetensors (only what was trained) and the tokenizer to a folder."""
+        """Write config.json, model.safetensors (see trained_state) and the tokenizer to a folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = dict(self.config)
@@ -328,7 +328,7 @@ class LlamaSMoP(Encoders):
 
 
 class EndAfter(LogitsProcessor):
-    """Lets each row (of clips times beams) end after its number of tokens, so that its end does not depend on the batch."""
+    """Forces EOS in each row (clips times beams) after its own number of tokens: its end does not depend on the batch."""
 
     def __init__(self, most, eos):
         self.most, self.eos = most, eos

@@ -11,10 +11,10 @@ with `num_experts`, arithmetic only with `top_k`.
     y, routing = projector({"audio": xa, "video": xv}, masks={"audio": ma, "video": mv})        # losses as above
 
 Notes for those who copy it:
-- Add the two losses to your own loss. They are means over the real tokens of the batch, as in Switch Transformers; each
-  of several processes has those of its batch.
+- Add the two losses to your own loss. They are means over the real tokens of the batch, as in Switch Transformers; with
+  several processes, each takes its own batch.
 - An expert ends in a LayerNorm, so outputs have a scale of about 1; an LLM's embeddings are far smaller.
-- What modalities share needs features of equal width.
+- Shared experts or a shared router need features of equal width.
 - An expert without tokens still takes part, with gradients of 0: DistributedDataParallel just works.
 
 Legend: N real tokens, E = num_experts, k = top_k, D = dim_in, O = dim_out.
@@ -109,8 +109,8 @@ def combine(tokens, routing, experts):
 def load_balancing_loss(logits, experts):
     """E * sum over e of f_e * P_e: small when the tokens are spread evenly over the experts.
 
-    f_e is the share of tokens that chose expert e in any of their k slots, P_e its mean probability. A balanced router
-    gives k (in expectation; exactly E when k = E), a collapsed one up to E. No tokens give 0.
+    f_e is the share of tokens that chose expert e in any of their k slots, P_e its mean probability. Experts that are
+    chosen equally often give k, a collapsed router up to E. No tokens give 0.
     logits (N, E), experts (N, k). Source: Switch Transformer (arXiv 2101.03961), eq. 4-6, summed over the slots as in
     the authors' published code.
     """

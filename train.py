@@ -5,8 +5,8 @@
         --audio-encoder openai/whisper-medium.en --video-encoder large_vox_iter5.pt --out runs/avsr
     torchrun --standalone --nproc_per_node 4 train.py ...    # several GPUs
 
-The same command again goes on with a run that was interrupted or killed. The folder --out receives the model
-(config.json, model.safetensors, tokenizer), the results of eval.py, which ends the training, and what tools/run.py keeps.
+Repeat the command to go on with a run that was interrupted or killed. The folder --out receives the model (config.json,
+model.safetensors, tokenizer), its results on the test split, the log and the checkpoint (tools/run.py).
 """
 
 import argparse
@@ -112,7 +112,7 @@ class Args:
     noise: str | None = arg(None, "audio file of noise (default: babble made of the train split)")
     seed: int = arg(0, "of the weights, the order and the augmentation")
     # running
-    workers: int | None = arg(None, "data-loading processes (default: 2; for a GPU, one per core)")
+    workers: int | None = arg(None, "data-loading processes (default: 2; for a GPU, one per core, at most 16)")
     save_every: int = arg(0, "steps between checkpoints within an epoch (0: after epochs only)")
     average: int = arg(1, "how many of the last epochs' weights are averaged for evaluation")
     eval_snr: str = arg(
@@ -150,7 +150,7 @@ class Args:
                 setattr(self, name, os.path.abspath(getattr(self, name)))
 
     def take_encoders(self, facts):
-        """What is not given is that of the features. `Features.check` refuses encoders that differ."""
+        """Arguments that keep their defaults are taken from the features. `Features.check` refuses other encoders."""
         if self.noise not in (None, facts["noise"]):
             raise InputError(f"--noise: the features in {self.data} have theirs")
         for name in SETTINGS:
@@ -158,7 +158,8 @@ class Args:
                 setattr(self, name, facts[name] or getattr(Args, name))
 
 
-CHANGEABLE = ("lr", "clip_grad", "device", "workers", "num_beams", "save_every")  # with --resume: not the data
+# What --resume may change: nothing that alters the data or its order.
+CHANGEABLE = ("lr", "clip_grad", "device", "workers", "num_beams", "save_every")
 
 
 def flag(name):
@@ -201,8 +202,8 @@ def build_model(args, tokenizer=None):
             parts.append(json.loads(source) if source.startswith("{") else source)
         except json.JSONDecodeError as error:
             raise InputError(f"--{flag(name)}: not valid JSON: {error}") from None
-    settings = "num_experts top_k dim_hidden audio_pool video_pool lora_rank lora_scale prompt load_balancing_weight "
-    settings = {name: getattr(args, name) for name in (settings + "router_z_weight").split()}
+    names = "num_experts top_k dim_hidden audio_pool video_pool lora_rank lora_scale prompt".split()
+    settings = {name: getattr(args, name) for name in [*names, "load_balancing_weight", "router_z_weight"]}
     window = args.audio_window or default_window(parts[1])
     return LlamaSMoP(
         args.task, *parts, tokenizer=tokenizer, projector=args.projector.upper(), audio_window=window, **settings
@@ -288,7 +289,7 @@ def end_epoch(model, epoch, step, batches, run, args):
 
 
 def warn_of_collapse(model, routings, epoch):
-    """Say so where a router sends nearly all tokens to the same top_k experts."""
+    """Warn if a router sends nearly all tokens to the same top_k experts."""
     top_k = model.projector.top_k
     for router, gate in model.projector.gates.items():
         own = [m for m in model.modalities if model.projector.router_of[m] == router]
@@ -306,7 +307,7 @@ def warn_of_collapse(model, routings, epoch):
 
 def train(args, resume=False, overwrite=False):
     rank, world, device = runs.join_processes(args.device)
-    # Leave a core to each worker: arithmetic is as slow as its slowest thread, one that shares its core.
+    # Leave a core to each worker: arithmetic waits for its slowest thread, the one that shares a core.
     torch.set_num_threads(max(min(torch.get_num_threads(), (os.cpu_count() or 1) - args.workers), 1))
     torch.manual_seed(args.seed)
     (clips, load), (valid, _), (test, _) = (load_corpus(args.data, split) for split in ("train", "valid", "test"))

@@ -7,7 +7,6 @@ panels {title: (x, [(name, [values of each x])])}. `done` is {cell: {seed: Run}}
 
 import json
 import math
-import shutil
 import statistics
 import time
 from pathlib import Path
@@ -72,7 +71,7 @@ def claims_of(args):
         ),
         "noise": Claim(
             "The paper: the mixture is robust to noise.",
-            [ASR_MLP, ASR_DEDR, MLP, DEDR],
+            [ASR_MLP, ASR_DEDR, VSR_DEDR, MLP, DEDR],
             [(DEDR, MLP), (ASR_DEDR, ASR_MLP), (MLP, ASR_MLP), (DEDR, ASR_DEDR)],
             SNRS,
             NOISY,
@@ -237,7 +236,8 @@ def panels_of(name, done, claim):
         return panels
     if name == "noise":
         names = {c: f"{c.task.upper()} {c.projector.upper()}" for c in claim.cells}
-        series = [(name, [wers(done, c, snr) for snr in SNRS]) for c, name in names.items()]
+        at = {c: SNRS if c.task != "vsr" else ["clean"] * len(SNRS) for c in claim.cells}  # no sound, no SNR
+        series = [(name, [wers(done, c, snr) for snr in at[c]]) for c, name in names.items()]
         return {"WER (%) by SNR (dB)": (SNRS, series)}
     if name in ("experts", "data"):
         lines = {"mlp": [MLP] * 4} | {f"top-{k}": [c for c in MIXTURES if c.top_k == k] for k in (1, 2)}
@@ -253,7 +253,7 @@ def panels_of(name, done, claim):
     panels = {}
     for cell in claim.cells:
         snrs = claim.snrs if "audio" in MODALITIES[cell.task] else ["clean"]
-        _, series = panels.setdefault(f"{cell.task.upper()}, {cell.llm} LLM: WER (%)", (snrs, []))
+        _, series = panels.setdefault(f"{cell.task.upper()}, {cell.llm} LLM: WER (%) by SNR (dB)", (snrs, []))
         series.append((cell.projector, [wers(done, cell, snr) for snr in snrs]))
     return panels
 
@@ -308,9 +308,6 @@ def write(runs, args):
         lines += [f"| {' | '.join(row)} |" for row in [table[0], ["---"] * len(table[0]), *table[1:]]]
         lines += ["", f"![{name}]({args.name}-{name}.png)\n"]
         lines += [f"- {verdict['text']}: **{verdict['verdict']}**" for verdict in verdicts] + [""]
-    if DEDR in done and (picture := done[DEDR][0].folder / "clip.png").is_file():
-        shutil.copy(picture, args.out / f"{args.name}-clip.png")
-        lines += ["## A clip\n", f"Of {DEDR}, seed 0.\n", f"![a test clip and its experts]({args.name}-clip.png)\n"]
     (args.out / f"{args.name}.md").write_text("\n".join(lines), encoding="utf-8")
     about |= {"claims": claims, "results": numbers}
     (args.out / f"{args.name}.json").write_text(json.dumps(about, indent=1) + "\n")

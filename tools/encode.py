@@ -4,10 +4,10 @@
     torchrun --standalone --nproc_per_node 4 -m tools.encode ...       # several GPUs share the work
     python train.py --data grid-features ...                           # eval.py takes the folder, too
 
-A frozen encoder gives the same features of a clip in every epoch and run, except for augmentation: `--copies` draws of it
-are kept. Training takes one of them for each clip and epoch; in its clean epochs, and on the valid split, it takes the clip
-as it is. The test split (and others) is encoded at each SNR. tools/features.py says what OUT holds. The same command goes
-on where it was stopped, shard by shard. The paper's VSR trains LoRA in AV-HuBERT; that cannot be encoded.
+A frozen encoder gives the same features of a clip in every epoch and run, unless the clip is augmented. So `--copies`
+augmented copies of each train clip are stored. Training takes one of them for each clip and epoch; in its clean epochs, and
+on the valid split, it takes the clip as it is. The test split (and others) is encoded clean and at each SNR.
+tools/features.py says what OUT holds. The same command goes on where it was stopped, shard by shard.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def versions_of(split, facts):
 
 @torch.inference_mode()
 def encode_shard(encoders, dataset, batches, workers, bar):
-    """{name: features} of one shard in one version."""
+    """{"ID.MODALITY": (tokens, D) float16} of one shard in one version."""
     tensors = {}
     for batch in make_loader(dataset, batches, workers, encoders.device.type == "cuda"):
         features, counts = encoders.encode(batch)
@@ -132,7 +132,7 @@ def parse_args():
     add("--snr", nargs="+", default=SNRS, help="SNRs (dB) of the test split, besides clean (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the copies (default: 0)")
     add("--max-frames", type=int, default=1500, help="video frames per batch (default: 1500)")
-    add("--workers", type=int, help="data-loading processes (default: 2; for a GPU, one per core)")
+    add("--workers", type=int, help="data-loading processes (default: 2; for a GPU, one per core, at most 16)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="any of torch's")
     return parser.parse_args()
 

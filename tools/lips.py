@@ -29,6 +29,7 @@ from tools.errors import InputError, run_command
 from tools.features import Features
 from train import Args, keys_of, train_steps
 
+# dim is that of Whisper-base, so that JEJR and JEDR can share.
 ENCODER = {"dim": 512, "layers": 2, "heads": 8, "ffn_dim": 1024, "stem_width": 16, "stem_stride": 8}
 ENCODER |= {"trunk_widths": [16, 32, 64, 128], "conv_pos": 32, "dropout": 0.1}
 
