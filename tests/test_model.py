@@ -453,8 +453,8 @@ def test_clips_that_do_not_fit_the_model_are_all_named():
         check_clips(model, clips)
     assert str(error.value) == (
         "clip0: too short for audio pooling by 30; clip0: too short for video pooling by 20; clip1: too short for video "
-        "pooling by 20; clip2: a transcript of more than 256 tokens; clip4: a transcript that the tokenizer alters, or "
-        "with a token like </s>; clip3: longer than Whisper's 30 s"
+        "pooling by 20; clip3: longer than Whisper's 30 s; clip2: a transcript of more than 256 tokens; clip4: a "
+        "transcript that the tokenizer alters, or with a token like </s>"
     )
     check_clips(model, [Clip("fits", None, 750, "now")])
     with pytest.raises(InputError, match="clip19: .*; and 5 more$"):

@@ -39,6 +39,7 @@ def check_clips(model, clips):
 
 
 def refuse(clips, faults):
+    """An InputError that names the clips of each fault, if there are any."""
     found = [f"{clips[i].id}: {fault}" for fault, where in faults.items() for i in where.nonzero().flatten()]
     if found:
         more = f"; and {len(found) - 20} more" if len(found) > 20 else ""
