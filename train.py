@@ -356,22 +356,22 @@ def train(args, resume=False, overwrite=False):
     if run.writes:
         about = {"data": args.data, "split": "test", "seed": args.seed, "training_minutes": round(run.minutes(), 1)}
         report(about | results, hypotheses, run.path)
-        draw(model, args, hypotheses[0], run.path / "clip.png")
+        draw(model, args, test[0].id, hypotheses[0]["hypothesis"], run.path / "clip.png")
     runs.leave_processes()
 
 
-def draw(model, args, line, path):
-    """The picture of the clip of a line of hypotheses.jsonl."""
+def draw(model, args, name, hypothesis, path):
+    """The picture of a test clip, for which the corpus is needed, also by a run on features."""
     try:
         clips, load = load_corpus(raw_of(args.data), "test")
-        clip = next((clip for clip in clips if clip.id == line["id"]), None)
+        clip = next((clip for clip in clips if clip.id == name), None)
         if clip is None:
-            raise InputError(f"no clip {line['id']} in {raw_of(args.data)}")
+            raise InputError(f"no clip {name} in {raw_of(args.data)}")
         item = ClipDataset([clip], load, model.modalities)[0]
     except InputError as error:
         return print(f"no {path}: {error}")  # the features' corpus may be gone
     words = synthetic.word_times(clip.id) if clip.path is None else ()
-    draw_clip(model, clip, item, line["hypothesis"], path, words)
+    draw_clip(model, clip, item, hypothesis, path, words)
     print(f"look at {path}: a test clip, and the experts that its tokens chose")
 
 
