@@ -290,8 +290,8 @@ def collate(items):
 
 def pack(frames, max_frames, rng=None, world=1):
     """Batches [[clip, ...], ...] of clips of similar length, each with at most `max_frames` video frames per process,
-    padding included. A longer clip is a batch by itself (with the clips of the other processes). A last batch with fewer clips than processes joins the
-    one before it. Every clip appears once.
+    padding included. A longer clip is a batch by itself (with those of the other processes). A last batch with fewer
+    clips than processes joins the one before it. Every clip appears once.
 
     With `rng`, each length is changed by up to 5 % before the clips are sorted, so that other clips share a batch in each
     epoch, and the batches are shuffled.

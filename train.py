@@ -151,7 +151,7 @@ class Args:
 
     def take_encoders(self, facts):
         """Arguments that keep their defaults are taken from the features. `Features.check` refuses other encoders."""
-        if self.noise not in (None, facts["noise"]):
+        if self.noise and os.path.abspath(self.noise) != facts["noise"]:
             raise InputError(f"--noise: the features in {self.data} have theirs")
         for name in SETTINGS:
             if getattr(self, name) == getattr(Args, name):

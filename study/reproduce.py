@@ -78,7 +78,9 @@ def check(run, folder, args):
     if (folder / "args.json").is_file():
         found = json.loads((folder / "args.json").read_text())
         asked = dataclasses.asdict(parse_args(arguments(*run, args))[0])
-        if other := [flag(name) for name in asked if name != "out" and found.get(name) != asked[name]]:
+        for name in ("out", "device", "workers"):  # change no result that counts
+            del asked[name]
+        if other := [flag(name) for name in asked if found.get(name) != asked[name]]:
             raise InputError(f"{folder}: trained with another --{', --'.join(other)}; delete it or give another --runs")
 
 

@@ -11,6 +11,7 @@ from safetensors import safe_open
 import eval as evaluation
 import synthetic
 import train
+from avhubert import normalise
 from data import ClipDataset, collate, load_corpus
 from encoders import MODALITIES, Encoders
 from eval import load_noise
@@ -150,4 +151,4 @@ def test_lips_learn_and_serve_as_video_encoder(encoded, tmp_path):
     batch = collate([ClipDataset(*load_corpus("synthetic", "test"), ("video",))[0]])
     reader = lips.LipReader("a", AVHUBERT)
     reader.video_encoder.load_state_dict(encoder.state_dict())
-    close(encoder(lips.normalise(batch["video"])), reader.eval().video_encoder(lips.normalise(batch["video"])))
+    close(encoder(normalise(batch["video"])), reader.eval().video_encoder(normalise(batch["video"])))

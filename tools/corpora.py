@@ -16,13 +16,8 @@ from data import read_lines, read_manifest
 from tools.errors import InputError
 
 VIDEO = {".mp4", ".mov", ".mkv", ".avi", ".mpg", ".webm", ".m4v"}
-SPLITS = {
-    "train": "train",
-    "valid": "valid",
-    "val": "valid",
-    "test": "test",
-    "others": "others",
-}  # a corpus's name of a split: ours
+# A corpus's name of a split: ours.
+SPLITS = {"train": "train", "valid": "valid", "val": "valid", "test": "test", "others": "others"}
 SILENCE = ("sil", "sp")  # in the alignments of GRID
 GRAMMAR = [  # of GRID: the name of a clip has one letter for each of its six words
     {word[0]: word for word in "bin lay place set".split()},

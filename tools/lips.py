@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from avhubert import normalise
 from data import ClipDataset, load_corpus, make_loader, pack, plan_run
-from encoders import load_encoder
+from encoders import Encoders
 from eval import word_error_rate
 from model import Losses
 from tools import run as runs
@@ -34,20 +33,13 @@ ENCODER = {"dim": 512, "layers": 2, "heads": 8, "ffn_dim": 1024, "stem_width": 1
 ENCODER |= {"trunk_widths": [16, 32, 64, 128], "conv_pos": 32, "dropout": 0.1}
 
 
-class LipReader(nn.Module):
+class LipReader(Encoders):
     """From lips to characters: class 0 is CTC's blank, class i + 1 the i-th of `characters`."""
 
-    modalities = ("video",)
-
     def __init__(self, characters, settings):
-        super().__init__()
+        super().__init__("vsr", None, settings, video_pool=1)
         self.characters = characters
-        self.video_encoder = load_encoder(settings, "video_encoder")
-        self.head = nn.Linear(self.video_encoder.dim, 1 + len(characters))
-
-    @property
-    def device(self):
-        return self.head.weight.device
+        self.head = nn.Linear(self.widths["video"], 1 + len(characters))
 
     def forward(self, batch):
         """Losses of a batch of `data.collate`; lm is CTC's, a mean over the characters."""
@@ -59,9 +51,9 @@ class LipReader(nn.Module):
 
     def score(self, batch):
         """Log-probabilities of the classes, (B, T, classes)."""
-        lengths, video = (batch[name].to(self.device) for name in ("video_lengths", "video"))
-        mask = torch.arange(video.shape[1], device=self.device) < lengths[:, None]  # (B, T)
-        return self.head(self.video_encoder(normalise(video), mask)).float().log_softmax(-1)
+        with self.autocast():
+            scores = self.head(self.encode_video(batch))
+        return scores.float().log_softmax(-1)
 
     @torch.no_grad()
     def read(self, batch):
@@ -80,13 +72,12 @@ class LipReader(nn.Module):
 
 
 def check_spelling(clips):
-    """CTC writes at most a character a frame, and needs a blank between two that are the same."""
+    """An InputError unless the transcripts fit: CTC writes at most a character a frame, and needs a blank between two that
+    are the same."""
     for clip in clips:
         repeats = sum(a == b for a, b in zip(clip.text, clip.text[1:]))
         if len(clip.text) + repeats > clip.frames:
-            raise InputError(
-                f"{clip.id}: a transcript of {len(clip.text)} characters does not fit {clip.frames} frames"
-            )
+            raise InputError(f"{clip.id}: {len(clip.text)} characters do not fit {clip.frames} frames")
 
 
 def evaluate(model, clips, load, max_frames, workers):
@@ -102,15 +93,13 @@ def main():
     add = parser.add_argument
     add("data", help="folder of manifests and mouths, see tools/prepare.py")
     add("out", type=Path, help="run folder to write; train.py and tools/encode.py take it as --video-encoder")
-    add("--epochs", type=int, default=30, help="(default: 30)")
-    add(
-        "--encoder", type=json.loads, default=ENCODER, help="JSON of AVHubertEncoder's arguments (default: %(default)s)"
-    )
+    add("--epochs", type=int, default=30, help="passes over the train split (default: 30)")
+    add("--encoder", type=json.loads, default=ENCODER, help="JSON of AVHubertEncoder's arguments")
+    add("--lr", type=float, default=6e-4, help="peak learning rate (default: 6e-4)")
+    add("--seed", type=int, default=0, help="of the weights, the order and the augmentation (default: 0)")
     add("--overwrite", action="store_true", help="delete the run in OUT and start anew")
-    add("--seed", type=int, default=0)
-    add("--lr", type=float, default=6e-4)
-    add("--workers", type=int, default=2)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--workers", type=int, help="data-loading processes (default: 2; for a GPU, one per core, at most 16)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="any of torch's")
     train(parser.parse_args())
 
 
