@@ -208,11 +208,13 @@ def mask_spans(x, rate, rng, longest=0.4):
 
 def add_noise(samples, noise, snr, rng):
     """Add a random stretch of `noise` (looped) at `snr` dB: the ratio of the mean powers over the whole clip."""
-    start = rng.randrange(len(noise))
-    stretch = np.take(noise, np.arange(start, start + len(samples)), mode="wrap")
-    power = np.mean(stretch.astype(np.float64) ** 2)
-    if power == 0:
+    if not noise.any():
         raise InputError("the noise is silent")
+    power = 0
+    while power == 0:  # a recording may be silent in parts
+        start = rng.randrange(len(noise))
+        stretch = np.take(noise, np.arange(start, start + len(samples)), mode="wrap")
+        power = np.mean(stretch.astype(np.float64) ** 2)
     gain = math.sqrt(np.mean(samples.astype(np.float64) ** 2) / power / 10 ** (snr / 10))
     return (samples + gain * stretch).astype(np.float32)
 
@@ -255,21 +257,21 @@ class ClipDataset(Dataset):
         index, epoch = key if isinstance(key, tuple) else (key, None)
         clip, train = self.clips[index], epoch is not None
         rng = random.Random(f"{self.seed} {epoch or 0} {clip.id}")
-        hard = train and epoch >= self.clean_epochs
+        augmented = train and epoch >= self.clean_epochs
         item = {"id": clip.id, "text": clip.text}
         if isinstance(self.load, Features):
-            version = rng.choice(self.load.copies) if hard else version_at(self.snr)
+            version = rng.choice(self.load.copies) if augmented else version_at(self.snr)
             return item | {f"{m}_features": self.load(clip, m, version) for m in self.modalities}
         if "audio" in self.modalities:
             samples = self.load(clip, "audio")
-            samples = mask_spans(samples, SAMPLE_RATE, rng) if hard else samples
-            snr = rng.choice(TRAIN_SNRS) if hard else self.snr
+            samples = mask_spans(samples, SAMPLE_RATE, rng) if augmented else samples
+            snr = rng.choice(TRAIN_SNRS) if augmented else self.snr
             if snr is not None and self.noise is not None:  # 0 dB is an SNR
                 samples = add_noise(samples, self.noise, snr, rng)
             item["audio"] = transform_audio(samples)
         if "video" in self.modalities:
             frames = self.load(clip, "video")
-            frames = mask_spans(frames, FPS, rng) if hard else frames
+            frames = mask_spans(frames, FPS, rng) if augmented else frames
             item["video"] = crop_video(frames, rng if train else None)
         return item
 

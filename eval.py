@@ -51,7 +51,12 @@ def name_snr(snr):
 
 def load_noise(path, data):
     """The noise of a file, or babble made of the train split of `data` where there is none."""
-    return load_audio(path) if path else make_babble(*load_corpus(data, "train"))
+    if not path:
+        return make_babble(*load_corpus(data, "train"))
+    noise = load_audio(path)
+    if not noise.any():
+        raise InputError(f"{path}: silent, no noise")
+    return noise
 
 
 # --- decoding ----------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ Notes for those who copy it:
   several processes, each takes its own batch.
 - An expert ends in a LayerNorm, so outputs have a scale of about 1; an LLM's embeddings are far smaller.
 - Shared experts or a shared router need features of equal width.
-- An expert without tokens still takes part, with gradients of 0: DistributedDataParallel just works.
+- An expert without tokens still takes part, with gradients of 0, as DistributedDataParallel needs. Give it every modality
+  in each step, or set its find_unused_parameters.
 
 Legend: N real tokens, E = num_experts, k = top_k, D = dim_in, O = dim_out.
 """
@@ -69,7 +70,7 @@ def make_expert(dim_in, dim_out, dim_hidden):
 
 def mix(x, mask, gate, experts, top_k, renormalize):
     """The mixture: x (..., D) -> (y (..., O), Routing). Padding is removed before the router and the experts, so outputs
-    and losses do not depend on it. Its own output is 0."""
+    and losses do not depend on it. Padded positions get the output 0."""
     if mask is None:
         mask = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
     if mask.shape != x.shape[:-1] or mask.dtype != torch.bool:

@@ -5,7 +5,7 @@
         --audio-encoder openai/whisper-medium.en --video-encoder large_vox_iter5.pt --out runs/avsr
     torchrun --standalone --nproc_per_node 4 train.py ...    # several GPUs
 
-Repeat the command to go on with a run that was interrupted or killed. The folder --out receives the model (config.json,
+Repeat the command to continue a run that was interrupted or killed. The folder --out receives the model (config.json,
 model.safetensors, tokenizer), its results on the test split, the log and the checkpoint (tools/run.py).
 """
 
@@ -90,7 +90,7 @@ class Args:
     )
     audio_pool: int = arg(4, "audio frames averaged into a token")
     video_pool: int = arg(2, "video frames averaged into a token")
-    audio_window: str | None = arg(None, "what Whisper sees: 30s or clip (default: 30s if pretrained, else clip)")
+    audio_window: str | None = arg(None, "what Whisper hears: 30s or clip (default: 30s if pretrained, else clip)")
     lora_rank: int | None = arg(None, "rank of LoRA (default: a 32nd of the LLM's width)")
     lora_scale: float = arg(0.125, "factor of LoRA's update")
     prompt: str | None = arg(None, "text before the transcript (default: the published one, none for a random LLM)")
@@ -173,7 +173,7 @@ def parse_args(argv=None):
     )
     add = parser.add_argument
     names = ", ".join(f"--{flag(name)}" for name in CHANGEABLE)
-    add("--resume", metavar="RUN", help=f"go on with this run, as it was begun but for {names}")
+    add("--resume", metavar="RUN", help=f"continue this run with its arguments; only {names} may change")
     add("--overwrite", action="store_true", help="delete the run in --out and start anew")
     for field in dataclasses.fields(Args):
         kind = {"int | None": int, "float | None": float, "str | None": str}.get(str(field.type), field.type)
@@ -264,7 +264,7 @@ def train_steps(model, optimizer, plan, done, batches, valid, run, args, end_epo
 def not_finite(values, number, ids, out):
     return (
         f"step {number}: a loss or gradient is not finite ({values}); the last checkpoint is kept, and "
-        f"--resume {out} --lr RATE goes on from it; clips of this step: {', '.join(ids)}"
+        f"--resume {out} --lr RATE continues from it; clips of this step: {', '.join(ids)}"
     )
 
 
@@ -395,7 +395,7 @@ def main():
     try:
         train(args, resume, overwrite)
     except KeyboardInterrupt:
-        print(f"interrupted; the same command goes on, as does: python train.py --resume {args.out}", flush=True)
+        print("interrupted; repeat the command, without --overwrite, to continue", flush=True)
         raise
 
 

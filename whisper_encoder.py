@@ -19,7 +19,7 @@ SAMPLE_RATE = 16_000
 FRAME_RATE = 50  # encoder frames a second
 SAMPLES_PER_FRAME = SAMPLE_RATE // FRAME_RATE  # 320
 MEL_PER_FRAME = 2
-MAX_SECONDS = 30  # what Whisper sees
+MAX_SECONDS = 30  # what Whisper hears
 MAX_SAMPLES = MAX_SECONDS * SAMPLE_RATE
 
 

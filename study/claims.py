@@ -92,11 +92,16 @@ def claims_of(args):
             [*zip(dedrs, mlps), *zip(dedrs, mlps[1:])],
         ),
         "data": Claim(
-            "A question that the paper leaves open: how much data does capacity need?",
+            "Not in the paper: how much training data do more experts need?",
             shares,
             [pair[::-1] for pair in zip(shares[::2], shares[1::2])],
         ),
     }
+    llm = list(args.llms)[-1]
+    for name, claim in claims.items():
+        if name != "sizes":
+            cells, *pairs = ([cell._replace(llm=llm) for cell in cells] for cells in (claim.cells, *claim.pairs))
+            claims[name] = claim._replace(cells=cells, pairs=pairs)
     return {name: claims[name] for name in args.claims}
 
 
@@ -198,8 +203,9 @@ def decode_ratios(mlp, cell, data, rounds=9):
 
 def experts(done, claim, args):
     texts, verdicts = {}, []
-    for cell in MIXTURES:
-        folders = [done[c][0].folder for c in (MLP, cell)]
+    mlp, *mixtures = claim.cells
+    for cell in mixtures:
+        folders = [done[c][0].folder for c in (mlp, cell)]
         r = cached(folders[1] / "decode.json", lambda: decode_ratios(*folders, args.data))
         texts[cell] = f"{statistics.median(r):.2f} [{r[1]:.2f}, {r[-2]:.2f}]"
         text = f"{cell} decodes in at most 1.1 times the MLP's time: {texts[cell]}"
@@ -240,7 +246,8 @@ def panels_of(name, done, claim):
         series = [(name, [wers(done, c, snr) for snr in at[c]]) for c, name in names.items()]
         return {"WER (%) by SNR (dB)": (SNRS, series)}
     if name in ("experts", "data"):
-        lines = {"mlp": [MLP] * 4} | {f"top-{k}": [c for c in MIXTURES if c.top_k == k] for k in (1, 2)}
+        mlp, *mixtures = claim.cells
+        lines = {"mlp": [mlp] * 4} | {f"top-{k}": [c for c in mixtures if c.top_k == k] for k in (1, 2)}
         x = [2, 4, 8, 16]
         if name == "data":
             lines = {"mlp": claim.cells[::2], "dedr": claim.cells[1::2]}
@@ -293,7 +300,7 @@ def write(runs, args):
     lines, claims = [f"# {args.name}\n", f"{head}. Written by `study/reproduce.py`; study/README.md explains it.\n"], {}
     for name, claim in claims_of(args).items():
         columns, verdicts = {"experts": experts, "usage": usage}.get(name, lambda *_: ({}, []))(done, claim, args)
-        others = ["other talkers, clean", "0 dB"] if run.others["wer"] else []
+        others = ["other talkers, clean", "0 dB"] if wers(done, claim.cells[0], "clean", "others") else []
         table = [["", *claim.snrs, *others, "seeds", "trained", "projector", "active", *columns]]
         for cell in claim.cells:
             row = [str(cell), *(spread(wers(done, cell, snr)) for snr in claim.snrs)]

@@ -1,10 +1,10 @@
 """The paper's claims on your corpus: each with its runs, its table, its picture and its verdict.
 
     python -m study.reproduce --data grid-features        # of tools/encode.py
-    python -m study.reproduce --data grid-features --claims sizes --llm HuggingFaceTB/SmolLM2-135M-Instruct --seeds 2
+    python -m study.reproduce --data lrs2-features --llm meta-llama/Llama-3.2-1B -- --num-beams 15
 
 Trains every cell (a model of the study) with every seed as an ordinary run of train.py in RUNS/NAME/CELL-sSEED, its
-output in train.log. The same command goes on where it was stopped; a run of other arguments is refused. claims.py then
+output in train.log. Repeat an interrupted command to continue it; a run of other arguments is refused. claims.py then
 writes NAME.md, NAME.json and the pictures to --out; NAME is that of the data. Nothing is chosen by its test clips.
 """
 
@@ -31,7 +31,7 @@ TINY_LLM = SMALL_LLM | {"hidden_size": 64, "intermediate_size": 192, "num_hidden
 SCRATCH = {"tiny": json.dumps(TINY_LLM), "small": None}  # --llm of train.py (None: its default), small ones first
 # Chosen on the valid split, see study/README.md.
 FROM_SCRATCH = {"epochs": 12, "clean_epochs": 2, "max_frames": 900, "lr": 1e-3}
-PRETRAINED_LLM = {"epochs": 3, "clean_epochs": 1, "max_frames": 300, "lr": 1e-3}
+PRETRAINED = {"epochs": 10, "clean_epochs": 0}  # as published; so are train.py's other defaults
 
 
 def all_runs(args):
@@ -44,7 +44,7 @@ def all_runs(args):
 def arguments(cell, seed, args):
     """The command line of train.py, but for --out."""
     given = {"data": share_of(cell.share, args), "task": cell.task, "projector": cell.projector, "seed": seed}
-    given |= {"llm": args.llms[cell.llm]} | (FROM_SCRATCH if cell.llm in SCRATCH else PRETRAINED_LLM)
+    given |= {"llm": args.llms[cell.llm]} | (FROM_SCRATCH if cell.llm in SCRATCH else PRETRAINED)
     given |= {name: round(given[name] / cell.share) for name in ("epochs", "clean_epochs")}  # the same number of steps
     if cell.projector != "mlp":
         given |= {"num_experts": cell.num_experts, "top_k": cell.top_k}
@@ -115,7 +115,7 @@ def train(runs, args):
                 running[run] = start(run, runs[run], args)
             time.sleep(0.2)
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on")
+        sys.exit("stopped; repeat the command to continue")
     finally:  # train.py writes a checkpoint when it is stopped
         for process in running.values():
             process.terminate()
@@ -124,7 +124,7 @@ def train(runs, args):
 
 
 def start(run, folder, args):
-    """The process of a run's next command. train.py goes on by itself if it was interrupted."""
+    """The process of a run's next command. train.py continues an interrupted one."""
     command = [sys.executable, *next_command(run, folder, args)]
     folder.mkdir(parents=True, exist_ok=True)
     threads = str(max((os.cpu_count() or 1) // args.jobs, 1))
@@ -139,13 +139,13 @@ def read_arguments():
     add("--data", required=True, help="folder of tools/encode.py")
     add("--claims", nargs="+", choices=CLAIMS, default=list(CLAIMS), help="which to check (default: all)")
     add("--seeds", type=int, default=5, help="runs of each cell; a verdict needs 3 (default: 5)")
-    add("--llm", help="hub name or folder of a Llama for LoRA: a third size beside two from scratch")
+    add("--llm", help="hub name or folder of a Llama for LoRA (default: a small one from scratch)")
     add("--jobs", type=int, default=2, help="runs side by side (default: 2)")
     add("--runs", type=Path, default=Path("runs/study"), help="folder of the runs (default: runs/study)")
     add("--out", type=Path, default=HERE / "study" / "results", help="folder of the tables (default: study/results)")
     add("extra", nargs="*", help="after --: arguments for every train.py")
     args = parser.parse_args()
-    args.llms = SCRATCH | ({Path(args.llm).name: args.llm} if args.llm else {})
+    args.llms = SCRATCH | ({Path(args.llm).name: args.llm} if args.llm else {})  # the last one is that of all claims
     args.name = Path(args.data).resolve().name
     return args
 

@@ -33,14 +33,6 @@ def test_padding_changes_nothing_even_in_training(layer_norm_first):
         close(encoder(padded, mask)[:, :9], encoder(video), atol=1e-4)
 
 
-def test_the_middle_of_a_batch_is_as_one_clip():
-    torch.manual_seed(0)
-    encoder, video = AVHubertEncoder(**AVHUBERT).eval(), random_video(8, clips=3)
-    mask = torch.arange(8) < torch.tensor([8, 5, 3])[:, None]
-    for clip, length in enumerate((8, 5, 3)):
-        close(encoder(video, mask)[clip, :length], encoder(video[clip : clip + 1, :, :length])[0], atol=1e-4)
-
-
 def test_frozen_encoder_keeps_its_batch_norm():
     encoder = AVHubertEncoder(**AVHUBERT, dropout=0.5).requires_grad_(False)
     before = {name: buffer.clone() for name, buffer in encoder.named_buffers()}

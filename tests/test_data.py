@@ -125,6 +125,11 @@ def test_noise_has_the_stated_level_and_repeats(snr):
     added = data.add_noise(clean, noise(), snr, random.Random(f"0 0 {clips[0].id}")) - clean
     assert 10 * np.log10(np.mean(clean**2) / np.mean(added**2)) == pytest.approx(snr, abs=1e-3)
     close(noisy, data.transform_audio(clean + added), atol=1e-4)
+    silent_in_parts = np.concatenate([np.zeros(10**6, np.float32), noise()[:16000]])
+    added = data.add_noise(clean, silent_in_parts, snr, random.Random(0)) - clean
+    assert 10 * np.log10(np.mean(clean**2) / np.mean(added**2)) == pytest.approx(snr, abs=1e-3)
+    with pytest.raises(InputError, match="silent"):
+        data.add_noise(clean, np.zeros(100, np.float32), snr, random.Random(0))
 
 
 def test_augmentation_depends_on_the_epoch_and_the_clip():

@@ -291,8 +291,10 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "TILES", 2)
     sheets = []
     monkeypatch.setattr(prepare, "write_sheet", lambda path, tiles: sheets.append(len(tiles)))
+    (out / "others.csv").touch()  # of an earlier call with --others: these talkers may now be in the train split
     assert prepare_here(monkeypatch, raw, out, "--workers", 1) == 0
     assert "".join(done) == "abcde" and sheets == [2]  # each clip once; tiles of every third
+    assert not (out / "others.csv").exists()
     assert [clip.id for clip in read_manifest(out / "train.csv")] == list("abcde")
     assert "5 clips prepared, 0 failed" in capsys.readouterr().out
 

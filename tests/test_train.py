@@ -1,4 +1,4 @@
-"""train.py and tools/run.py: the loop is the plain loop, the gradient is exact, and a broken run goes on bit by bit."""
+"""train.py and tools/run.py: the loop is the plain loop, the gradient is exact, and a broken run continues bit by bit."""
 
 import json
 import math
@@ -22,7 +22,7 @@ import synthetic
 import train
 from data import collate, load_corpus, plan_run
 from eval import evaluate
-from model import LlamaSMoP, Losses
+from model import LlamaSMoP
 from tools import prepare
 from tools import run as runs
 from tools.errors import InputError
@@ -76,7 +76,7 @@ def torchrun(processes):
 
 
 def gradient_of(model, batches, weights):
-    """The gradient that train_steps takes, over the losses of several batches."""
+    """The gradient of a step of several batches, weighted as train_steps does."""
     model.zero_grad()
     for items, weight in zip(batches, weights):
         losses = model(collate(items))
@@ -212,7 +212,7 @@ def test_pretrained_llms_have_the_published_recipe():
 
 def test_numbers_gone_bad_stop_the_run(corpus, tmp_path, monkeypatch):
     """A loss that is no number, then a gradient without end: the clips are named, the checkpoint stays, and a lower rate
-    may go on from it."""
+    may continue from it."""
     honest = LlamaSMoP.forward
     faults = {"nan": lambda lm: lm * math.nan, "inf": lambda lm: lm + (lm - lm.detach()).sqrt()}
     for name, fault in faults.items():
@@ -291,7 +291,7 @@ def test_wrong_settings_are_refused_before_training(setting, message, tmp_path, 
         train_here(tmp_path, *setting)
 
 
-# --- runs that are broken and go on ------------------------------------------------------------------------------
+# --- runs that are broken and continue ------------------------------------------------------------------------------
 
 
 def assert_same_run(a, b):
@@ -337,7 +337,7 @@ def test_a_broken_run_goes_on_bit_by_bit(corpus, tmp_path):
         wait_until(lambda: len(log.read_text().splitlines()) >= lines + 3, process)
         os.killpg(process.pid, number)
         printed = process.communicate(timeout=LIMIT)[0]
-        assert f"interrupted; the same command goes on, as does: python train.py --resume {broken}" in printed
+        assert "interrupted; repeat the command, without --overwrite, to continue" in printed
         step = torch.load(broken / "checkpoint.pt")["step"]
         assert process.returncode == 130 and step == metrics(broken)[-1]["step"]  # not a step is lost
     assert "an interrupted run with other arguments (lr 0.0004, now 0.1)" in run(*command[1:], "--lr", 0.1, code=1)
@@ -492,8 +492,3 @@ def test_run_folders_of_another_version_are_refused(tmp_path):
     (tmp_path / "args.json").write_text(json.dumps(args))
     with pytest.raises(InputError, match="args.json: of another version .* experts, num_experts"):
         train.parse_args(["--resume", str(tmp_path)])
-
-
-def test_losses_of_a_step_add_up():
-    losses = Losses(*map(torch.tensor, (1.0, 0.25, 4.0, 9.0)))
-    assert losses.total == 1.25

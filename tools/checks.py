@@ -8,7 +8,7 @@ from model import MAX_NEW_TOKENS
 from tools.errors import InputError
 
 
-def count_frames(encoders, clips):
+def tokens_and_faults(encoders, clips):
     """({modality: tokens of each clip}, {what is wrong with their lengths: (B,) bool})."""
     frames = torch.tensor([clip.frames for clip in clips])
     samples = frames * (whisper_encoder.SAMPLE_RATE // FPS)
@@ -22,12 +22,12 @@ def count_frames(encoders, clips):
 
 def check_lengths(encoders, clips):
     """An InputError names every clip whose length these encoders cannot take; no clip is read."""
-    refuse(clips, count_frames(encoders, clips)[1])
+    refuse(clips, tokens_and_faults(encoders, clips)[1])
 
 
 def check_clips(model, clips):
     """An InputError names every clip whose length or transcript this model cannot take; no clip is read."""
-    counts, faults = count_frames(model, clips)
+    counts, faults = tokens_and_faults(model, clips)
     texts = [clip.text for clip in clips]
     tokens = model.count_tokens(texts)
     most = model.llm.config.max_position_embeddings

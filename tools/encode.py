@@ -7,7 +7,7 @@
 A frozen encoder gives the same features of a clip in every epoch and run, unless the clip is augmented. So `--copies`
 augmented copies of each train clip are stored. Training takes one of them for each clip and epoch; in its clean epochs, and
 on the valid split, it takes the clip as it is. The test split (and others) is encoded clean and at each SNR.
-tools/features.py says what OUT holds. The same command goes on where it was stopped, shard by shard.
+tools/features.py says what OUT holds. Repeat an interrupted command to continue it, shard by shard.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def load_splits(data):
 
 
 def begin(out, facts, corpora):
-    """Lock the folder and write features.json and the manifests, or an InputError says why this may not go on there."""
+    """Lock the folder and write features.json and the manifests, or an InputError says why this may not continue there."""
     out.mkdir(parents=True, exist_ok=True)
     if (out / FACTS).exists():
         begun = json.loads((out / FACTS).read_text())

@@ -5,7 +5,7 @@
 
 An `AVHubertEncoder` with a linear layer to characters learns to spell the transcripts with CTC (Graves et al., 2006).
 What it learns depends on no projector and no LLM, so that those can be compared on its features. OUT is a run folder:
-the same command goes on with an interrupted run. results.json has the WER of greedy CTC on the valid and test splits.
+repeat an interrupted command to continue it. results.json has the WER of greedy CTC on the valid and test splits.
 """
 
 import argparse
@@ -111,7 +111,7 @@ def train(given):
     (clips, load), (valid, _), (test, _) = (load_corpus(args.data, split) for split in ("train", "valid", "test"))
     if isinstance(load, Features):
         raise InputError(f"{args.data}: features; give the corpus that they were made from")
-    check_spelling([*clips, *valid, *test])
+    check_spelling(clips)
     run = runs.RunFolder(args.out, rank)
     run.begin(dataclasses.asdict(args) | {"encoder": given.encoder}, overwrite=given.overwrite)
     model = LipReader("".join(sorted(set("".join(clip.text for clip in clips)))), given.encoder).to(device)

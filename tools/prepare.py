@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import HEADER, write_table
+from data import HEADER, OTHERS, write_table
 from tools.corpora import find_clips
 from tools.errors import InputError, run_command
 from tools.media import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, find_sound, fit_audio, load_audio, load_video, video_frames
@@ -299,6 +299,8 @@ def main():
     rows, failures, tiles = prepare_clips(corpus.clips, out, args.workers)
     speed = len(corpus.clips) / (time.perf_counter() - start)
     failures = corpus.failures + failures
+    if OTHERS not in rows:  # those of an earlier call may now be in the train split
+        (out / f"{OTHERS}.csv").unlink(missing_ok=True)
     for split in rows:
         write_table(out / f"{split}.csv", HEADER, rows[split])
         print(f"{split}.csv: {len(rows[split])} clips")

@@ -35,10 +35,10 @@ class RunFolder:
         self.checkpoint = self.path / "checkpoint.pt"
         self.metrics = self.path / "metrics.jsonl"
         self.start = time.time()
-        self.facts = {}  # what must be the same when the run goes on
+        self.facts = {}  # what must be the same when the run continues
 
     def begin(self, args, resume=False, overwrite=False):
-        """Lock the folder and write `args`, a dict, to args.json; or an InputError says why this run may not go on.
+        """Lock the folder and write `args`, a dict, to args.json; or an InputError says why this run may not continue.
 
         All processes wait until process 0 has done so.
         """
@@ -66,7 +66,7 @@ class RunFolder:
             ]
             if other:
                 raise InputError(
-                    f"{self.path}: an interrupted run with other arguments ({'; '.join(other)}); repeat them to go on, or "
+                    f"{self.path}: an interrupted run with other arguments ({'; '.join(other)}); repeat them to continue, or "
                     "--overwrite deletes it and starts anew"
                 )
         text = json.dumps(args, indent=2) + "\n"
@@ -151,7 +151,7 @@ def write_atomically(path, write):
 
 
 def fingerprint(clips):
-    """A checksum of the clips of a corpus: what a run that goes on must find again."""
+    """A checksum of the clips of a corpus: what a run that continues must find again."""
     return zlib.crc32(repr([(clip.id, clip.frames, clip.text) for clip in clips]).encode())
 
 
@@ -255,7 +255,7 @@ def gather(values):
 
 
 def seed_step(seed, step, batch):
-    """Dropout, too, does not depend on what was before: a run that goes on draws the same, and each process its own."""
+    """Dropout, too, does not depend on what was before: a run that continues draws the same, and each process its own."""
     torch.manual_seed(random.Random(f"{seed} {step} {batch} {rank_and_world()[0]}").getrandbits(63))
 
 

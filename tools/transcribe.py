@@ -5,7 +5,7 @@
 
 RUN is a folder written by train.py or LlamaSMoP.save. Its task decides what is read: the sound, the lips or both. The
 largest face is found and followed, and its mouth cut, as prepare.py does (dlib: pip install -r requirements-extra.txt).
-If talk.wav lies beside talk.mp4, it is the sound. Whisper sees 30 s: a longer clip is cut at pauses (without sound,
+If talk.wav lies beside talk.mp4, it is the sound. Whisper hears 30 s: a longer clip is cut at pauses (without sound,
 into equal pieces) and the texts are joined; --longest 5 suits a model that only knows short clips. What cannot be
 transcribed (no face, a still picture, no sound, silence, ...) is said on stderr; the other clips go on, and the exit
 status is 1.
@@ -26,6 +26,7 @@ from model import LlamaSMoP
 from tools.errors import InputError, run_command
 from tools.media import FPS, SAMPLES_PER_FRAME
 from tools.prepare import is_silent, read_clip
+from tools.run import join_processes
 from whisper_encoder import MAX_SECONDS
 
 PAUSE = 5  # frames (0.2 s) whose power is compared: a pause between words, not the closure of a plosive
@@ -75,10 +76,10 @@ def main():
     add("--longest", type=int, default=MAX_SECONDS, choices=range(2, MAX_SECONDS + 1), metavar="SECONDS",
         help=f"cut longer clips at pauses, 2 to {MAX_SECONDS} (default: {MAX_SECONDS})")  # fmt: skip
     add("--num-beams", type=int, default=1, help="1 is greedy (published: 15)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="any of torch's")
     args = parser.parse_args()
 
-    model = LlamaSMoP.load(args.run).to(torch.device(args.device))
+    model = LlamaSMoP.load(args.run).to(join_processes(args.device)[2])
     failed = False
     for path in args.clips:
         try:
