@@ -58,7 +58,8 @@ class SMoP(nn.Module):
         self.experts = nn.ModuleList(make_expert(dim_in, dim_out, dim_hidden or dim_out) for _ in range(num_experts))
 
     def forward(self, x, mask=None):
-        """Project x (..., D) to (..., O); returns (y, Routing). mask (...) bool, True = a real token."""
+        """Project x (..., D) to (..., O); returns (y, Routing). mask (...) bool, True = a real token (ValueError: of
+        another shape or dtype)."""
         return mix(x, mask, self.gate, self.experts, self.top_k, self.renormalize)
 
 
@@ -177,7 +178,7 @@ class MultimodalSMoP(nn.Module):
 
     def forward(self, features, masks=None):
         """features {modality: (..., D)}, masks {modality: (...) bool, True = a real token}
-        -> ({modality: (..., O)}, MultimodalRouting)."""
+        -> ({modality: (..., O)}, MultimodalRouting). ValueError: a modality is unknown or has no mask."""
         outputs, routing = {}, {}
         for modality, x in features.items():
             if modality not in self.router_of:

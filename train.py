@@ -116,7 +116,7 @@ class Args:
     save_every: int = arg(0, "steps between checkpoints within an epoch (0: after epochs only)")
     average: int = arg(1, "how many of the last epochs' weights are averaged for evaluation")
     eval_snr: str = arg(
-        "clean 5 0 -5", "SNRs (dB) of the final evaluation, in quotes; a task without audio knows only clean"
+        "clean 5 0 -5", "SNRs (dB) of the final evaluation; a task without audio knows only clean"
     )
     num_beams: int = arg(1, "of the final evaluation")
     device: str = arg("cuda" if torch.cuda.is_available() else "cpu", "any of torch's: cpu, cuda, cuda:1, mps")
@@ -178,8 +178,11 @@ def parse_args(argv=None):
     for field in dataclasses.fields(Args):
         kind = {"int | None": int, "float | None": float, "str | None": str}.get(str(field.type), field.type)
         text = field.metadata["help"] + ("" if field.default is None else f" (default: {field.default})")
-        add(f"--{flag(field.name)}", type=kind, default=argparse.SUPPRESS, help=text.replace("%", "%%"))
+        several = {"nargs": "+"} if field.name == "eval_snr" else {}
+        add(f"--{flag(field.name)}", type=kind, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **several)
     given = vars(parser.parse_args(argv))
+    if "eval_snr" in given:
+        given["eval_snr"] = " ".join(given["eval_snr"])
     run, overwrite = given.pop("resume"), given.pop("overwrite")
     if run is None:
         return Args(**given), False, overwrite

@@ -210,6 +210,11 @@ def test_pretrained_llms_have_the_published_recipe():
 # --- what goes wrong ---------------------------------------------------------------------------------------------
 
 
+def test_snrs_may_be_words_or_one_text():
+    assert train.parse_args(["--eval-snr", "clean", "0"])[0].snrs == [None, 0.0]
+    assert train.parse_args(["--eval-snr", "clean -5"])[0].snrs == [None, -5.0]
+
+
 def test_numbers_gone_bad_stop_the_run(corpus, tmp_path, monkeypatch):
     """A loss that is no number, then a gradient without end: the clips are named, the checkpoint stays, and a lower rate
     may continue from it."""
