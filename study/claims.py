@@ -22,7 +22,7 @@ from model import LlamaSMoP
 
 SNRS, NOISY, MAIN = "clean 5 2.5 0 -2.5 -5".split(), "5 2.5 0 -2.5 -5".split(), "clean 0 -5".split()
 LEAST_SEEDS = 3  # for a verdict on a difference of WER: a seed may be luck
-COLOURS = {"mlp": "0.6", "jejr": "C4", "jedr": "C6", "dedr": "C2", "top-1": "#98df8a", "top-2": "C2"}
+COLOURS = {"mlp": "0.6", "jejr": "C4", "jedr": "C6", "dedr": "C2", "dense": "C9", "top-1": "#98df8a", "top-2": "C2"}
 COLOURS |= {"audio": "C0", "video": "C1"}
 
 
@@ -61,7 +61,8 @@ CLAIMS = ["configurations", "noise", "usage", "experts", "sizes", "data"]
 
 def claims_of(args):
     """{name: Claim} of --claims."""
-    mlps, dedrs = ([cell._replace(llm=llm) for llm in args.llms] for cell in (MLP, DEDR))
+    dense = DEDR._replace(num_experts=2)  # both experts for each token: DEDR's active parameters without a choice
+    mlps, denses, dedrs = ([cell._replace(llm=llm) for llm in args.llms] for cell in (MLP, dense, DEDR))
     shares = [cell._replace(share=share) for share in (0.25, 0.5, 1) for cell in (MLP, DEDR)]
     claims = {
         "configurations": Claim(
@@ -88,8 +89,8 @@ def claims_of(args):
         ),
         "sizes": Claim(
             "The paper: with a mixture of projectors, smaller LLMs stay strong.",
-            [cell for pair in zip(mlps, dedrs) for cell in pair],
-            [*zip(dedrs, mlps), *zip(dedrs, mlps[1:])],
+            [cell for cells in zip(mlps, denses, dedrs) for cell in cells],
+            [*zip(dedrs, mlps), *zip(dedrs, denses), *zip(dedrs, mlps[1:])],
         ),
         "data": Claim(
             "Not in the paper: how much training data do more experts need?",
@@ -261,7 +262,8 @@ def panels_of(name, done, claim):
     for cell in claim.cells:
         snrs = claim.snrs if "audio" in MODALITIES[cell.task] else ["clean"]
         _, series = panels.setdefault(f"{cell.task.upper()}, {cell.llm} LLM: WER (%) by SNR (dB)", (snrs, []))
-        series.append((cell.projector, [wers(done, cell, snr) for snr in snrs]))
+        line = "dense" if cell.num_experts == cell.top_k else cell.projector
+        series.append((line, [wers(done, cell, snr) for snr in snrs]))
     return panels
 
 

@@ -9,28 +9,28 @@ repeat an interrupted command to continue it. results.json has the WER of greedy
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from data import ClipDataset, load_corpus, make_loader, pack, plan_run
+from data import ClipDataset, default_workers, load_corpus, make_loader, pack, plan_run
 from encoders import Encoders
 from eval import word_error_rate
 from model import Losses
 from tools import run as runs
 from tools.errors import InputError, run_command
 from tools.features import Features
-from train import Args, keys_of, train_steps
+from train import keys_of, train_steps
 
 # dim is that of Whisper-base, so that JEJR and JEDR can share.
 ENCODER = {"dim": 512, "layers": 2, "heads": 8, "ffn_dim": 1024, "stem_width": 16, "stem_stride": 8}
 ENCODER |= {"trunk_widths": [16, 32, 64, 128], "conv_pos": 32, "dropout": 0.1}
+# The rest of train.py's arguments that its loop reads.
+SETTINGS = {"max_frames": 900, "warmup": 0.05, "weight_decay": 0.1, "clip_grad": 1.0, "save_every": 0}
 
 
 class LipReader(Encoders):
@@ -92,7 +92,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("data", help="folder of manifests and mouths, see tools/prepare.py")
-    add("out", type=Path, help="run folder to write; train.py and tools/encode.py take it as --video-encoder")
+    add("out", help="run folder to write; train.py and tools/encode.py take it as --video-encoder")
     add("--epochs", type=int, default=30, help="passes over the train split (default: 30)")
     add("--encoder", type=json.loads, default=ENCODER, help="JSON of AVHubertEncoder's arguments")
     add("--lr", type=float, default=6e-4, help="peak learning rate (default: 6e-4)")
@@ -100,12 +100,13 @@ def main():
     add("--overwrite", action="store_true", help="delete the run in OUT and start anew")
     add("--workers", type=int, help="data-loading processes (default: 2; for a GPU, one per core, at most 16)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="any of torch's")
+    parser.set_defaults(**SETTINGS)
     train(parser.parse_args())
 
 
-def train(given):
-    args = Args(data=given.data, out=str(given.out), task="vsr", epochs=given.epochs, clean_epochs=given.epochs // 4,
-                max_frames=900, lr=given.lr, seed=given.seed, workers=given.workers, device=given.device)  # fmt: skip
+def train(args):
+    if args.workers is None:
+        args.workers = default_workers(args.device)
     rank, world, device = runs.join_processes(args.device)
     torch.manual_seed(args.seed)
     (clips, load), (valid, _), (test, _) = (load_corpus(args.data, split) for split in ("train", "valid", "test"))
@@ -113,14 +114,14 @@ def train(given):
         raise InputError(f"{args.data}: features; give the corpus that they were made from")
     check_spelling(clips)
     run = runs.RunFolder(args.out, rank)
-    run.begin(dataclasses.asdict(args) | {"encoder": given.encoder}, overwrite=given.overwrite)
-    model = LipReader("".join(sorted(set("".join(clip.text for clip in clips)))), given.encoder).to(device)
+    run.begin({name: value for name, value in vars(args).items() if name != "overwrite"}, overwrite=args.overwrite)
+    model = LipReader("".join(sorted(set("".join(clip.text for clip in clips)))), args.encoder).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay)
     run.facts = {"processes": world, "train split (checksum)": runs.fingerprint(clips)}
     done = run.restore(model, optimizer)
     frames, characters = [clip.frames for clip in clips], [len(clip.text) for clip in clips]
     plan = plan_run(frames, characters, args.epochs, args.max_frames, 1, args.seed, rank, world)
-    dataset = ClipDataset(clips, load, ("video",), seed=args.seed, clean_epochs=args.clean_epochs)
+    dataset = ClipDataset(clips, load, ("video",), seed=args.seed, clean_epochs=args.epochs // 4)
     batches = runs.Timed(
         make_loader(dataset, keys_of(plan[done:], [], len(clips)), args.workers, device.type == "cuda")
     )
@@ -136,10 +137,10 @@ def train(given):
         for split, clips in (("valid", valid), ("test", test)):
             wer[split], interval = evaluate(model, clips, load, args.max_frames, args.workers)
             print(f"{split}: WER {wer[split]} % {interval}")
-        config = {"task": "vsr", "video_encoder": given.encoder}  # as of a run of train.py
-        (given.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file(model.state_dict(), given.out / "model.safetensors")
-        (given.out / "results.json").write_text(json.dumps({"wer": wer, "minutes": round(run.minutes(), 1)}) + "\n")
+        config = {"task": "vsr", "video_encoder": args.encoder}  # as of a run of train.py
+        (run.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_file(model.state_dict(), run.path / "model.safetensors")
+        (run.path / "results.json").write_text(json.dumps({"wer": wer, "minutes": round(run.minutes(), 1)}) + "\n")
     runs.leave_processes()
 
 
