@@ -7,6 +7,7 @@ panels {title: (x, [(name, [values of each x])])}. `done` is {cell: {seed: Run}}
 
 import json
 import math
+import random
 import statistics
 import time
 from pathlib import Path
@@ -113,7 +114,7 @@ class Run(NamedTuple):
     folder: Path
     results: dict  # of eval.py
     others: dict  # the same, on other talkers
-    errors: dict  # {(snr, clip): (word errors, reference words)}
+    errors: dict  # {(snr, clip): (word errors, reference words)} of the test and the others split
     sizes: dict  # parameters: trained, of these in the projector, of those active for a token
 
 
@@ -125,14 +126,15 @@ def cached(file, measure):
 
 
 def read_run(folder):
-    lines = [json.loads(line) for line in open(folder / "hypotheses.jsonl", encoding="utf-8")]
-    errors = count_errors([line["reference"] for line in lines], [line["hypothesis"] for line in lines])
-    results, others = (
-        json.loads(file.read_text()) if file.is_file() else {"wer": {}}
-        for file in (folder / "results.json", folder / OTHERS / "results.json")
-    )
+    results, errors = [{"wer": {}}, {"wer": {}}], {"test": {}, OTHERS: {}}
+    for i, (split, place) in enumerate({"test": folder, OTHERS: folder / OTHERS}.items()):
+        if (place / "results.json").is_file():
+            results[i] = json.loads((place / "results.json").read_text())
+            lines = [json.loads(line) for line in open(place / "hypotheses.jsonl", encoding="utf-8")]
+            counts = count_errors([line["reference"] for line in lines], [line["hypothesis"] for line in lines])
+            errors[split] = dict(zip([(line["snr"], line["id"]) for line in lines], counts))
     sizes = cached(folder / "sizes.json", lambda: count_parameters(LlamaSMoP.load(folder)))
-    return Run(folder, results, others, dict(zip([(line["snr"], line["id"]) for line in lines], errors)), sizes)
+    return Run(folder, *results, errors, sizes)
 
 
 def count_parameters(model):
@@ -146,30 +148,41 @@ def count_parameters(model):
 
 def difference(a, b, snrs):
     """WER of `a` minus that of `b` in points, over `snrs` and seeds together; its 95 % interval by a paired bootstrap
-    over clips; in how many seeds it is lower. a, b: {seed: {(snr, clip): (errors, words)}}."""
-    seeds, clips = a.keys() & b.keys(), {}  # {clip: [(seed, errors of a - errors of b, words)]}
+    over clips and seeds; in how many seeds it is lower. a, b: {seed: {(snr, clip): (errors, words)}}."""
+    seeds, clips = sorted(a.keys() & b.keys()), {}  # {clip: {seed: [errors of a - errors of b, words]}}
     for seed in seeds:
         for snr, clip in sorted(a[seed].keys() & b[seed].keys()):
             if snr in snrs:
                 (errors_a, words), (errors_b, _) = a[seed][snr, clip], b[seed][snr, clip]
-                clips.setdefault(clip, []).append((seed, errors_a - errors_b, words))
+                sums = clips.setdefault(clip, {}).setdefault(seed, [0, 0])
+                sums[:] = sums[0] + errors_a - errors_b, sums[1] + words
 
-    def points(sample, seeds=seeds):
-        rows = [row for clip in sample for row in clip if row[0] in seeds]
-        return 100 * sum(more for _, more, _ in rows) / sum(words for _, _, words in rows)
+    def points(sample, seeds):
+        more, words = (sum(clip[seed][i] for clip in sample for seed in seeds) for i in (0, 1))
+        return 100 * more / words
 
-    clips = list(clips.values())
-    low, high = bootstrap(clips, points)
-    lower = sum(points(clips, {seed}) < 0 for seed in seeds)
+    clips, rng = list(clips.values()), random.Random(0)
+    low, high = bootstrap(clips, lambda sample: points(sample, rng.choices(seeds, k=len(seeds))))
+    lower = sum(points(clips, [seed]) < 0 for seed in seeds)
     verdict = "open" if len(seeds) < LEAST_SEEDS else "shown" if high < 0 else "opposite" if low > 0 else "not shown"
-    found = {"points": round(points(clips), 2), "95": [low, high], "lower": f"{lower} of {len(seeds)}"}
+    found = {"points": round(points(clips, seeds), 2), "95": [low, high], "lower": f"{lower} of {len(seeds)}"}
     return found | {"verdict": verdict}
 
 
 def compare(done, a, b, snrs):
-    found = difference(*({seed: run.errors for seed, run in done[cell].items()} for cell in (a, b)), snrs)
-    text = "{} against {}: {:+.1f} points of WER [{:+.1f}, {:+.1f}], lower in {} seeds"
-    return found | {"text": text.format(a, b, found["points"], *found["95"], found["lower"])}
+    def on(split):
+        return difference(*({seed: run.errors[split] for seed, run in done[cell].items()} for cell in (a, b)), snrs)
+
+    def words(found):
+        low, high = found["95"]
+        return f"{found['points']:+.1f} points of WER [{low:+.1f}, {high:+.1f}], lower in {found['lower']} seeds"
+
+    found = on("test")
+    found["text"] = f"{a} against {b}: {words(found)}"
+    if done[a][0].errors[OTHERS]:
+        others = found[OTHERS] = on(OTHERS)
+        others["text"] = f"; on other talkers {words(others)}: **{others['verdict']}**"
+    return found
 
 
 def wers(done, cell, snr, of="results"):
@@ -316,7 +329,10 @@ def write(runs, args):
         lines += [f"## {name.capitalize()}\n", f"{claim.paper}\n"]
         lines += [f"| {' | '.join(row)} |" for row in [table[0], ["---"] * len(table[0]), *table[1:]]]
         lines += ["", f"![{name}]({args.name}-{name}.png)\n"]
-        lines += [f"- {verdict['text']}: **{verdict['verdict']}**" for verdict in verdicts] + [""]
+        for verdict in verdicts:
+            on_others = verdict[OTHERS]["text"] if OTHERS in verdict else ""
+            lines.append(f"- {verdict['text']}: **{verdict['verdict']}**{on_others}")
+        lines.append("")
     (args.out / f"{args.name}.md").write_text("\n".join(lines), encoding="utf-8")
     about |= {"claims": claims, "results": numbers}
     (args.out / f"{args.name}.json").write_text(json.dumps(about, indent=1) + "\n")

@@ -50,6 +50,8 @@ def test_a_difference_is_paired_over_clips():
     assert claims.difference(hards, gains, ["clean", "0"])["verdict"] == "opposite"
     assert claims.difference(hards, hards, ["clean", "0"])["verdict"] == "not shown"
     assert claims.difference({0: gain}, {0: hard}, ["clean", "0"])["verdict"] == "open"  # a seed may be luck
+    once = claims.difference({0: gain, 1: hard, 2: hard}, hards, ["clean", "0"])  # in one seed of three
+    assert once["points"] < 0 and once["verdict"] == "not shown"
 
 
 def read_arguments(monkeypatch, line):
@@ -84,7 +86,8 @@ def test_tables_and_pictures_are_of_the_runs(monkeypatch, tmp_path):
         sizes = {"trained": 2e6, "projector": 1e6, "active": 5e5}
         files = {"results": results, "sizes": sizes, "decode": [1.0] * 9, "others/results": {"wer": {"clean": 100.0}}}
         (folder / "others").mkdir(parents=True)
-        (folder / "hypotheses.jsonl").write_text("".join(lines))
+        for place in (folder, folder / "others"):
+            (place / "hypotheses.jsonl").write_text("".join(lines))
         for name, value in files.items():
             (folder / f"{name}.json").write_text(json.dumps(value))
     claims.write(runs, args)
@@ -92,6 +95,7 @@ def test_tables_and_pictures_are_of_the_runs(monkeypatch, tmp_path):
     row = "| AVSR MLP small | 50.0 ± 0.0 | 50.0 ± 0.0 | 50.0 ± 0.0 | 100.0 ± 0.0 | – | 3 | 2.00 | 1.00 | 0.50 |"
     assert row in table and "| VSR MLP small | 50.0 ± 0.0 | – | – |" in table
     assert "AVSR DEDR e4 k2 small against AVSR MLP small: -25.0 points of WER [-25.0, -25.0], lower in 3 of 3" in table
+    assert ": **shown**; on other talkers -25.0 points of WER [-25.0, -25.0], lower in 3 of 3 seeds: **shown**" in table
     assert "| 50, 50, 50, 50 |" in table and "the rarest by 10.0 %: **not shown**" in table
     assert "decodes in at most 1.1 times the MLP's time: 1.00 [1.00, 1.00]: **shown**" in table
     assert len(list((tmp_path / "out").glob("grid-*.png"))) == 6
