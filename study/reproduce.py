@@ -4,7 +4,7 @@
     python -m study.reproduce --data lrs2-features --llm meta-llama/Llama-3.2-1B -- --num-beams 15
 
 Trains every cell (a model of the study) with every seed as an ordinary run of train.py in RUNS/NAME/CELL-sSEED, its
-output in train.log. Repeat an interrupted command to continue it; a run of other arguments is refused. claims.py then
+output in train.log. Repeat an interrupted command to continue it; a run of other arguments is refused. page.py then
 writes NAME.md, NAME.json and the pictures to --out; NAME is that of the data. Nothing is chosen by its test clips.
 """
 
@@ -20,7 +20,8 @@ from pathlib import Path
 
 from data import OTHERS, load_corpus
 from encoders import MODALITIES
-from study.claims import CLAIMS, SNRS, claims_of, write
+from study.claims import CLAIMS, SNRS, claims_of
+from study.page import write
 from tools.errors import InputError, run_command
 from tools.features import FACTS, is_features
 from tools.run import write_atomically

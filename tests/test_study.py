@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import synthetic
 from data import ClipDataset, collate, load_corpus
-from study import bench, claims, reproduce
+from study import bench, claims, page, reproduce
 from tools import encode
 
 
@@ -90,7 +90,7 @@ def test_tables_and_pictures_are_of_the_runs(monkeypatch, tmp_path):
             (place / "hypotheses.jsonl").write_text("".join(lines))
         for name, value in files.items():
             (folder / f"{name}.json").write_text(json.dumps(value))
-    claims.write(runs, args)
+    page.write(runs, args)
     table = (tmp_path / "out" / "grid.md").read_text()
     row = "| AVSR MLP small | 50.0 ± 0.0 | 50.0 ± 0.0 | 50.0 ± 0.0 | 100.0 ± 0.0 | – | 3 | 2.00 | 1.00 | 0.50 |"
     assert row in table and "| VSR MLP small | 50.0 ± 0.0 | – | – |" in table
