@@ -15,8 +15,8 @@ Notes for those who copy it:
   several processes, each takes its own batch.
 - An expert ends in a LayerNorm, so outputs have a scale of about 1; an LLM's embeddings are far smaller.
 - Shared experts or a shared router need features of equal width.
-- An expert without tokens still takes part, with gradients of 0, as DistributedDataParallel needs. Give it every modality
-  in each step, or set its find_unused_parameters.
+- An expert without tokens still takes part, with gradients of 0, as DistributedDataParallel needs. Under it, give
+  MultimodalSMoP every modality in each step, or set find_unused_parameters.
 
 Legend: N real tokens, E = num_experts, k = top_k, D = dim_in, O = dim_out.
 """
