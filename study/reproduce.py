@@ -5,7 +5,8 @@
 
 Trains every cell (a model of the study) with every seed as an ordinary run of train.py in RUNS/NAME/CELL-sSEED, its
 output in train.log. Repeat an interrupted command to continue it; a run of other arguments is refused. page.py then
-writes NAME.md, NAME.json and the pictures to --out; NAME is that of the data. Nothing is chosen by its test clips.
+writes NAME.md, NAME.json and the pictures to --out; NAME is that of the data. Nothing is chosen by its test clips,
+and every finished seed counts.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from glob import escape, glob
 from pathlib import Path
 
 from data import OTHERS, load_corpus
@@ -35,11 +37,25 @@ FROM_SCRATCH = {"epochs": 12, "clean_epochs": 2, "max_frames": 900, "lr": 1e-3}
 PRETRAINED = {"epochs": 10, "clean_epochs": 0}  # as published; so are train.py's other defaults
 
 
+def cells_of(args):
+    """[(cell, folder of its runs but for the seed)]"""
+    cells = dict.fromkeys(cell for claim in claims_of(args).values() for cell in claim.cells)
+    return [(cell, f"{args.runs / args.name / '-'.join(cell.words())}-s") for cell in cells]
+
+
 def all_runs(args):
     """{(cell, seed): folder} in the order of training: all cells with the first seed, then with the next."""
-    cells = list(dict.fromkeys(cell for claim in claims_of(args).values() for cell in claim.cells))
-    runs = [(cell, seed) for seed in range(args.seeds) for cell in cells]
-    return {(cell, seed): args.runs / args.name / f"{'-'.join(cell.words())}-s{seed}" for cell, seed in runs}
+    return {(cell, seed): Path(f"{start}{seed}") for seed in range(args.seeds) for cell, start in cells_of(args)}
+
+
+def finished_runs(args):
+    """{(cell, seed): folder} of all finished runs of these cells, also of seeds that this call did not train."""
+    found = {}
+    for cell, start in cells_of(args):
+        for file in glob(f"{escape(start)}*/results.json"):
+            folder = Path(file).parent
+            found[cell, int(str(folder).removeprefix(start))] = folder
+    return dict(sorted(found.items()))
 
 
 def arguments(cell, seed, args):
@@ -158,10 +174,10 @@ def main():
         raise InputError(f"{args.data}: no {FACTS}; expected a folder of python -m tools.encode")
     load_corpus(args.data, "test")  # a wrong folder ends here, not in a train.log
     runs = all_runs(args)
-    for run, folder in runs.items():
+    for run, folder in (runs | finished_runs(args)).items():
         check(run, folder, args)
     train(runs, args)
-    write(runs, args)
+    write(finished_runs(args), args)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,8 @@ def test_tables_and_pictures_are_of_the_runs(monkeypatch, tmp_path):
             (place / "hypotheses.jsonl").write_text("".join(lines))
         for name, value in files.items():
             (folder / f"{name}.json").write_text(json.dumps(value))
+    fewer = read_arguments(monkeypatch, line.replace("--seeds 3", "--seeds 1"))
+    assert reproduce.finished_runs(fewer) == runs  # no seed is dropped
     page.write(runs, args)
     table = (tmp_path / "out" / "grid.md").read_text()
     row = "| AVSR MLP small | 50.0 ± 0.0 | 50.0 ± 0.0 | 50.0 ± 0.0 | 100.0 ± 0.0 | – | 3 | 2.00 | 1.00 | 0.50 |"
