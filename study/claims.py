@@ -109,8 +109,8 @@ def claims_of(args):
 class Run(NamedTuple):
     folder: Path
     results: dict  # of eval.py
-    others: dict  # the same, on other talkers
-    errors: dict  # {(snr, clip): (word errors, reference words)} of the test and the others split
+    wers: dict  # {split: {snr: WER}} of test and, if the corpus has them, others
+    errors: dict  # {split: {(snr, clip): (word errors, reference words)}}
     sizes: dict  # parameters: trained, of these in the projector, of those active for a token
 
 
@@ -122,15 +122,15 @@ def cached(file, measure):
 
 
 def read_run(folder):
-    results, errors = [{"wer": {}}, {"wer": {}}], {"test": {}, OTHERS: {}}
-    for i, (split, place) in enumerate({"test": folder, OTHERS: folder / OTHERS}.items()):
+    wers, errors = {"test": {}, OTHERS: {}}, {"test": {}, OTHERS: {}}
+    for split, place in {"test": folder, OTHERS: folder / OTHERS}.items():
         if (place / "results.json").is_file():
-            results[i] = json.loads((place / "results.json").read_text())
+            wers[split] = json.loads((place / "results.json").read_text())["wer"]
             lines = [json.loads(line) for line in open(place / "hypotheses.jsonl", encoding="utf-8")]
             counts = count_errors([line["reference"] for line in lines], [line["hypothesis"] for line in lines])
             errors[split] = dict(zip([(line["snr"], line["id"]) for line in lines], counts))
     sizes = cached(folder / "sizes.json", lambda: count_parameters(LlamaSMoP.load(folder)))
-    return Run(folder, *results, errors, sizes)
+    return Run(folder, json.loads((folder / "results.json").read_text()), wers, errors, sizes)
 
 
 def count_parameters(model):
@@ -181,9 +181,9 @@ def compare(done, a, b, snrs):
     return found
 
 
-def wers(done, cell, snr, of="results"):
+def wers(done, cell, snr, split="test"):
     """The WER (%) of each seed."""
-    return [wer[snr] for run in done[cell].values() if snr in (wer := getattr(run, of)["wer"])]
+    return [run.wers[split][snr] for run in done[cell].values() if snr in run.wers[split]]
 
 
 def spread(values):

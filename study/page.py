@@ -80,18 +80,18 @@ def write(runs, args):
     done, numbers = {}, {}
     for (cell, seed), folder in runs.items():
         run = done.setdefault(cell, {})[seed] = read_run(folder)
-        numbers[folder.name] = {"wer": run.results["wer"], "others": run.others["wer"], "parameters": run.sizes}
+        numbers[folder.name] = {"wer": run.wers["test"], "others": run.wers[OTHERS], "parameters": run.sizes}
         numbers[folder.name] |= {"routing": run.results["routing"]}
     about = {"name": args.name, "runs": len(runs)} | {key: run.results[key] for key in ("device", "clips", "num_beams")}
     head = "{runs} runs, on {device}; {clips} test clips, {num_beams} beam(s)".format(**about)
     lines, claims = [f"# {args.name}\n", f"{head}. Written by `study/reproduce.py`; study/README.md explains it.\n"], {}
     for name, claim in claims_of(args).items():
         columns, verdicts = {"experts": experts, "usage": usage}.get(name, lambda *_: ({}, []))(done, claim, args)
-        others = ["other talkers, clean", "0 dB"] if wers(done, claim.cells[0], "clean", "others") else []
+        others = ["other talkers, clean", "0 dB"] if wers(done, claim.cells[0], "clean", OTHERS) else []
         table = [["", *claim.snrs, *others, "seeds", "trained", "projector", "active", *columns]]
         for cell in claim.cells:
             row = [str(cell), *(spread(wers(done, cell, snr)) for snr in claim.snrs)]
-            row += [spread(wers(done, cell, snr, "others")) for snr in ("clean", "0")[: len(others)]]
+            row += [spread(wers(done, cell, snr, OTHERS)) for snr in ("clean", "0")[: len(others)]]
             row += [str(len(done[cell])), *(f"{n / 1e6:.2f}" for n in done[cell][0].sizes.values())]
             table.append(row + [texts.get(cell, "–") for texts in columns.values()])
         verdicts = [compare(done, *pair, claim.over) for pair in claim.pairs] + verdicts
