@@ -1,26 +1,27 @@
 """The paper's claims: what is compared for each, the numbers of the finished runs, and the verdicts.
 
 `reproduce.py` trains the runs, `page.py` shows what is found here. A cell is a model of the study; with a seed it is a run
-of train.py. `experts` and `usage` find what a claim needs beside WERs: columns {header: {cell: text}} and verdicts. `done`
-is {cell: {seed: Run}}.
+of train.py. `decode_times` and `expert_usage` give what a claim needs besides WERs: columns {header: {cell: text}} and
+verdicts, a sentence each. `done` is {cell: {seed: Run}}.
 """
 
 import json
 import random
 import statistics
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from data import OTHERS, ClipDataset, collate, load_corpus
-from encoders import MODALITIES
 from eval import bootstrap, count_errors
 from model import LlamaSMoP
 
 SNRS, NOISY, MAIN = "clean 5 2.5 0 -2.5 -5".split(), "5 2.5 0 -2.5 -5".split(), "clean 0 -5".split()
 LEAST_SEEDS = 3  # for a verdict on a difference of WER: a seed may be luck
+CLAIMS = ["configurations", "noise", "usage", "experts", "sizes", "data"]
 
 
 class Cell(NamedTuple):
@@ -32,13 +33,12 @@ class Cell(NamedTuple):
     balance: bool = True
     share: float = 1  # of the train clips
 
-    def words(self):
-        experts = [] if self.projector == "mlp" else [f"e{self.num_experts}", f"k{self.top_k}"]
-        changes = [*([] if self.balance else ["unbalanced"]), *([] if self.share == 1 else [f"{self.share:g}"])]
-        return [self.task, self.projector, *experts, *changes, self.llm]
-
     def __str__(self):
-        return " ".join([self.task.upper(), self.projector.upper(), *self.words()[2:]])
+        words = [self.task.upper(), self.projector.upper()]
+        words += [] if self.projector == "mlp" else [f"e{self.num_experts}", f"k{self.top_k}"]
+        words += [] if self.balance else ["unbalanced"]
+        words += [] if self.share == 1 else [f"{self.share:g}"]
+        return " ".join([*words, self.llm])
 
 
 class Claim(NamedTuple):
@@ -49,40 +49,38 @@ class Claim(NamedTuple):
     over: list = MAIN  # the pairs are compared over these together
 
 
-ASR_MLP, ASR_DEDR, VSR_MLP, VSR_DEDR = (Cell(task, p) for task in ("asr", "vsr") for p in ("mlp", "dedr"))
-MLP, JEJR, JEDR, DEDR = (Cell("avsr", p) for p in ("mlp", "jejr", "jedr", "dedr"))
-UNBALANCED = DEDR._replace(balance=False)
-MIXTURES = [DEDR._replace(num_experts=e, top_k=k) for e in (2, 4, 8, 16) for k in (1, 2)]
-CLAIMS = ["configurations", "noise", "usage", "experts", "sizes", "data"]
-
-
 def claims_of(args):
     """{name: Claim} of --claims."""
-    dense = DEDR._replace(num_experts=2)  # both experts for each token: DEDR's active parameters without a choice
-    mlps, denses, dedrs = ([cell._replace(llm=llm) for llm in args.llms] for cell in (MLP, dense, DEDR))
-    shares = [cell._replace(share=share) for share in (0.25, 0.5, 1) for cell in (MLP, DEDR)]
+    llm = list(args.llms)[-1]  # of all claims but sizes
+    asr_mlp, asr_dedr, vsr_mlp, vsr_dedr = (Cell(t, p, llm=llm) for t in ("asr", "vsr") for p in ("mlp", "dedr"))
+    mlp, jejr, jedr, dedr = (Cell("avsr", p, llm=llm) for p in ("mlp", "jejr", "jedr", "dedr"))
+    unbalanced = dedr._replace(balance=False)
+    mixtures = [dedr._replace(num_experts=e, top_k=k) for e in (2, 4, 8, 16) for k in (1, 2)]
+    dense = dedr._replace(num_experts=2)  # both experts for each token: DEDR's active parameters without a choice
+    mlps, denses, dedrs = ([cell._replace(llm=llm) for llm in args.llms] for cell in (mlp, dense, dedr))
+    shares = [(mlp._replace(share=share), dedr._replace(share=share)) for share in (0.25, 0.5, 1)]
     claims = {
         "configurations": Claim(
             "The paper: DEDR has the lowest WER, for ASR, VSR and AVSR. (With one modality all configurations are one.)",
-            [MLP, JEJR, JEDR, DEDR, ASR_MLP, ASR_DEDR, VSR_MLP, VSR_DEDR],
-            [(DEDR, MLP), (DEDR, JEJR), (DEDR, JEDR), (ASR_DEDR, ASR_MLP), (VSR_DEDR, VSR_MLP)],
+            [mlp, jejr, jedr, dedr, asr_mlp, asr_dedr, vsr_mlp, vsr_dedr],
+            [(dedr, mlp), (dedr, jejr), (dedr, jedr), (asr_dedr, asr_mlp), (vsr_dedr, vsr_mlp)],
         ),
         "noise": Claim(
             "The paper: the mixture is robust to noise.",
-            [ASR_MLP, ASR_DEDR, VSR_DEDR, MLP, DEDR],
-            [(DEDR, MLP), (ASR_DEDR, ASR_MLP), (MLP, ASR_MLP), (DEDR, ASR_DEDR)],
+            [asr_mlp, asr_dedr, vsr_dedr, mlp, dedr],
+            [(dedr, mlp), (asr_dedr, asr_mlp), (mlp, asr_mlp), (dedr, asr_dedr)],
             SNRS,
             NOISY,
         ),
         "usage": Claim(
             "The paper: all experts are used, by each modality in its own way.",
-            [DEDR, UNBALANCED, JEDR, JEJR],
-            [(DEDR, UNBALANCED)],
+            [dedr, unbalanced, jedr, jejr],
+            [(dedr, unbalanced)],
         ),
         "experts": Claim(
             "The paper: more experts add capacity at no cost of inference.",
-            [MLP, *MIXTURES],
-            [(cell, MLP) for cell in MIXTURES],
+            [mlp, *mixtures],
+            [(cell, mlp) for cell in mixtures],
         ),
         "sizes": Claim(
             "The paper: with a mixture of projectors, smaller LLMs stay strong.",
@@ -91,15 +89,10 @@ def claims_of(args):
         ),
         "data": Claim(
             "Not in the paper: how much training data do more experts need?",
-            shares,
-            [pair[::-1] for pair in zip(shares[::2], shares[1::2])],
+            [cell for cells in shares for cell in cells],
+            [(dedr, mlp) for mlp, dedr in shares],
         ),
     }
-    llm = list(args.llms)[-1]
-    for name, claim in claims.items():
-        if name != "sizes":
-            cells, *pairs = ([cell._replace(llm=llm) for cell in cells] for cells in (claim.cells, *claim.pairs))
-            claims[name] = claim._replace(cells=cells, pairs=pairs)
     return {name: claims[name] for name in args.claims}
 
 
@@ -145,19 +138,19 @@ def count_parameters(model):
 def difference(a, b, snrs):
     """WER of `a` minus that of `b` in points, over `snrs` and seeds together; its 95 % interval by a paired bootstrap
     over clips and seeds; in how many seeds it is lower. a, b: {seed: {(snr, clip): (errors, words)}}."""
-    seeds, clips = sorted(a.keys() & b.keys()), {}  # {clip: {seed: [errors of a - errors of b, words]}}
+    seeds, sums = sorted(a.keys() & b.keys()), defaultdict(lambda: [0, 0])
     for seed in seeds:
-        for snr, clip in sorted(a[seed].keys() & b[seed].keys()):
+        for snr, clip in sorted(a[seed]):
             if snr in snrs:
-                (errors_a, words), (errors_b, _) = a[seed][snr, clip], b[seed][snr, clip]
-                sums = clips.setdefault(clip, {}).setdefault(seed, [0, 0])
-                sums[:] = sums[0] + errors_a - errors_b, sums[1] + words
+                (errors, words), (errors_b, _) = a[seed][snr, clip], b[seed][snr, clip]
+                sums[clip, seed][0] += errors - errors_b
+                sums[clip, seed][1] += words
 
-    def points(sample, seeds):
-        more, words = (sum(clip[seed][i] for clip in sample for seed in seeds) for i in (0, 1))
+    def points(clips, seeds):
+        more, words = (sum(sums[clip, seed][i] for clip in clips for seed in seeds) for i in (0, 1))
         return 100 * more / words
 
-    clips, rng = list(clips.values()), random.Random(0)
+    clips, rng = list(dict.fromkeys(clip for clip, _ in sums)), random.Random(0)
     low, high = bootstrap(clips, lambda sample: points(sample, rng.choices(seeds, k=len(seeds))))
     lower = sum(points(clips, [seed]) < 0 for seed in seeds)
     verdict = "open" if len(seeds) < LEAST_SEEDS else "shown" if high < 0 else "opposite" if low > 0 else "not shown"
@@ -166,19 +159,16 @@ def difference(a, b, snrs):
 
 
 def compare(done, a, b, snrs):
-    def on(split):
-        return difference(*({seed: run.errors[split] for seed, run in done[cell].items()} for cell in (a, b)), snrs)
-
-    def words(found):
-        low, high = found["95"]
-        return f"{found['points']:+.1f} points of WER [{low:+.1f}, {high:+.1f}], lower in {found['lower']} seeds"
-
-    found = on("test")
-    found["text"] = f"{a} against {b}: {words(found)}"
-    if done[a][0].errors[OTHERS]:
-        others = found[OTHERS] = on(OTHERS)
-        others["text"] = f"; on other talkers {words(others)}: **{others['verdict']}**"
-    return found
+    """The sentence on a pair of cells: its difference and verdict on the test clips and, if there are any, on others."""
+    parts = []
+    for split, where in {"test": "", OTHERS: "on other talkers "}.items():
+        if done[a][0].errors[split]:
+            d = difference(*({seed: run.errors[split] for seed, run in done[cell].items()} for cell in (a, b)), snrs)
+            interval = "[{:+.1f}, {:+.1f}]".format(*d["95"])
+            parts.append(
+                f"{where}{d['points']:+.1f} points of WER {interval}, lower in {d['lower']} seeds: **{d['verdict']}**"
+            )
+    return f"{a} against {b}: {'; '.join(parts)}"
 
 
 def wers(done, cell, snr, split="test"):
@@ -197,7 +187,7 @@ def decode_ratios(mlp, cell, data, rounds=9):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models, ratios = [LlamaSMoP.load(folder).to(device) for folder in (mlp, cell)], []
     clips, load = load_corpus(data, "test")
-    dataset = ClipDataset(clips[:8], load, MODALITIES["avsr"])
+    dataset = ClipDataset(clips[:8], load, models[0].modalities)
     batch = collate([dataset[i] for i in range(len(dataset))])
     for _ in range(rounds + 2):
         at = [time.perf_counter()]
@@ -211,28 +201,27 @@ def decode_ratios(mlp, cell, data, rounds=9):
 # --- claims with more than WERs ----------------------------------------------------------------------------------
 
 
-def experts(done, claim, args):
+def decode_times(done, claim, args):
     texts, verdicts = {}, []
     mlp, *mixtures = claim.cells
     for cell in mixtures:
         folders = [done[c][0].folder for c in (mlp, cell)]
         r = cached(folders[1] / "decode.json", lambda: decode_ratios(*folders, args.data))
         texts[cell] = f"{statistics.median(r):.2f} [{r[1]:.2f}, {r[-2]:.2f}]"
-        text = f"{cell} decodes in at most 1.1 times the MLP's time: {texts[cell]}"
         verdict = "shown" if r[-2] <= 1.1 else "opposite" if r[1] > 1.1 else "not shown"
-        verdicts.append({"text": text, "verdict": verdict})
+        verdicts.append(f"{cell} decodes in at most 1.1 times the MLP's time: {texts[cell]}: **{verdict}**")
     return {"decode time": texts}, verdicts
 
 
-def usage(done, claim, args):
+def expert_usage(done, claim, args):
     columns, verdicts = {}, []
     for cell in claim.cells:
         routings, even = [run.results["routing"] for run in done[cell].values()], 100 * cell.top_k / cell.num_experts
-        shares = {name: [[100 * u for u in routing[name]["usage"]] for routing in routings] for name in routings[0]}
-        for name, runs in shares.items():
-            columns.setdefault(f"{name}: tokens (%) by expert", {})[cell] = ", ".join(f"{u:.0f}" for u in runs[0])
-        rarest = min(u for runs in shares.values() for run in runs for u in run)
+        for name, routing in routings[0].items():
+            usage = ", ".join(f"{100 * share:.0f}" for share in routing["usage"])
+            columns.setdefault(f"{name}: tokens (%) by expert, seed 0", {})[cell] = usage
+        rarest = 100 * min(share for seed in routings for routing in seed.values() for share in routing["usage"])
         text = f"{cell}: in each modality and seed, each expert is chosen by {even / 4:g} % of the tokens (a quarter "
         text += f"of an even share) or more; the rarest by {rarest:.1f} %"
-        verdicts.append({"text": text, "verdict": "shown" if rarest >= even / 4 else "not shown"})
+        verdicts.append(f"{text}: **{'shown' if rarest >= even / 4 else 'not shown'}**")
     return columns, verdicts
