@@ -18,6 +18,7 @@ import os
 import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -221,12 +222,12 @@ def add_noise(samples, noise, snr, rng):
 
 def make_babble(clips, load, seconds=30, voices=20, seed=0):
     """Babble as float32 (S,): `voices` chains of utterances drawn from `clips` with random gains, summed."""
-    rng = random.Random(seed)
+    rng, sound_of = random.Random(seed), cache(lambda clip: load(clip, "audio"))  # a small corpus repeats its clips
     babble = np.zeros(seconds * SAMPLE_RATE, np.float32)
     for _ in range(voices):
         at = 0
         while at < len(babble):
-            voice = load(rng.choice(clips), "audio")[: len(babble) - at]
+            voice = sound_of(rng.choice(clips))[: len(babble) - at]
             babble[at : at + len(voice)] += rng.uniform(0.5, 1.5) * voice
             at += len(voice)
     return babble

@@ -11,7 +11,6 @@ Legend: B clips, S samples, T frames, D an encoder's width. A token is the mean 
 
 import json
 import os
-import zlib
 from pathlib import Path
 
 import torch
@@ -30,7 +29,7 @@ RATES = {"audio": FRAME_RATE, "video": FPS}  # frames a second
 
 
 class Encoders(nn.Module):
-    """Whisper and AV-HuBERT, or the one of them that the task needs; arguments as of `LlamaSMoP`.
+    """Whisper and AV-HuBERT, or only the one that the task needs; the arguments are those of `LlamaSMoP`.
 
     Padding is masked in encode_audio (samples set to 0), whisper_encoder.encode (with "clip") and AVHubertEncoder.
     """
@@ -102,18 +101,6 @@ class Encoders(nn.Module):
         video = batch["video"].to(self.device, non_blocking=True)[:, : int(frames.max())]  # (B, T, 88, 88)
         return self.video_encoder(normalise(video), self.mask_of(frames, video.shape[1]))
 
-    def fingerprints(self):
-        """{modality: what its features depend on}: its pool, how much Whisper hears, a checksum of the weights.
-        Call it before `to("cuda")`, which rounds them."""
-        prints = {}
-        for modality in self.modalities:
-            checksum = 0
-            for x in getattr(self, f"{modality}_encoder").state_dict().values():
-                checksum = zlib.crc32(x.float().contiguous().numpy(), checksum)
-            window = [self.audio_window] if modality == "audio" else []
-            prints[modality] = [f"pool {self.pools[modality]}", *window, f"weights {checksum:08x}"]
-        return prints
-
     def mask_of(self, lengths, size):
         """(B, size) bool, True for the first `lengths` (B,) of each row."""
         return torch.arange(size, device=self.device) < lengths.to(self.device, non_blocking=True)[:, None]
@@ -125,7 +112,7 @@ class Encoders(nn.Module):
         return next(self.parameters()).device
 
     def autocast(self):
-        """On a GPU, every public method computes in bf16; what is trained, the router and the log-mel stay in float32."""
+        """bf16 on a GPU. Trained weights are kept in float32; the router and the log-mel are computed in it."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def _apply(self, fn, recurse=True):
@@ -162,13 +149,13 @@ def read_run_config(source):
 
 
 def default_window(audio_encoder):
-    """How much Whisper hears: 30 s if pretrained, the clip if trained from scratch, of a run what it was trained on."""
+    """How much Whisper hears: 30 s if pretrained, the clip if trained from scratch; a run's encoder, as in its training."""
     return read_run_config(audio_encoder).get("audio_window") or ("clip" if isinstance(audio_encoder, dict) else "30s")
 
 
 def load_encoder(source, part):
-    """The "audio_encoder" (Whisper) or "video_encoder" (AV-HuBERT): random, to be trained, from a dict; frozen from the
-    hub, a file or the folder of a run that trained it."""
+    """The "audio_encoder" (Whisper) or "video_encoder" (AV-HuBERT). A dict gives a random one, to be trained; the hub, a
+    file or the folder of a run gives a frozen one."""
     if source is None:
         raise InputError(f"{part}: a checkpoint, a run folder or a configuration is needed")
     if config := read_run_config(source):

@@ -5,9 +5,9 @@
     python eval.py RUN --data OTHER_DIR --split valid --noise babble.wav --snr 0
     torchrun --standalone --nproc_per_node 4 eval.py RUN     # several GPUs: the same results
 
-Needs the run folder, and what it names: the corpus and the pretrained parts. Writes into it, in place of the training's
-results, or into --out: `results.json`, `times.json` and `hypotheses.jsonl` (snr, id, reference, hypothesis). Noise
-depends only on the clip's id, not on the training's seed: all but the times repeats exactly.
+Needs the run folder, and what it names: the corpus and the pretrained parts. Writes `results.json`, `times.json` and
+`hypotheses.jsonl` (snr, id, reference, hypothesis) to --out, or to the run folder, where they replace the training's
+results. Noise depends only on the clip's id: all but the times repeats exactly.
 """
 
 import argparse
@@ -195,10 +195,8 @@ def report(results, hypotheses, folder):
         print(f"  {line['id']}: {line['reference']}\n  {' ' * len(line['id'])}> {line['hypothesis']}")
     print(f"{'SNR (dB)':>9} {'WER (%)':>8}  95 % interval, scored in {results['scoring']}")
     for snr, wer in results["wer"].items():
-        cut = results["cut"][snr]
-        print(
-            f"{snr:>9} {wer:8.2f}  {results['wer_95'][snr]}{f'  ({cut} transcripts reached the length limit)' if cut else ''}"
-        )
+        cut = f"  ({results['cut'][snr]} transcripts reached the length limit)" if results["cut"][snr] else ""
+        print(f"{snr:>9} {wer:8.2f}  {results['wer_95'][snr]}{cut}")
     for modality, statistics in results["routing"].items():
         print(f"{modality}: experts chosen by {statistics['usage']} of the tokens, entropy {statistics['entropy']}")
 

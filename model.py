@@ -124,11 +124,11 @@ class LlamaSMoP(Encoders):
         if projector not in (known := ["MLP", *MultimodalSMoP.CONFIGS]):
             raise InputError(f"projector must be one of {', '.join(known)}, got {projector!r}")
         self.llm, self.tokenizer = load_llm(llm, tokenizer, lora_rank, lora_scale)
-        self.loss_weights = load_balancing_weight, router_z_weight
+        self.load_balancing_weight, self.router_z_weight = load_balancing_weight, router_z_weight
         if projector == "MLP":
             projector, num_experts, top_k = "DEDR", 1, 1
             self.config |= {"num_experts": 1, "top_k": 1}
-            self.loss_weights = 0.0, 0.0  # its router has no choice
+            self.load_balancing_weight = self.router_z_weight = 0.0  # its router has no choice
         if projector != "DEDR" and len(set(self.widths.values())) > 1:
             raise InputError(
                 f"{projector} shares its experts: encoders must be of one width, not {self.widths}; use DEDR"
@@ -156,7 +156,7 @@ class LlamaSMoP(Encoders):
             logits = head(hidden[:, :-1][text])  # (text tokens, vocabulary)
         lm = F.cross_entropy(logits.float(), labels[:, 1:][text])
         balance, z = routing.load_balancing_loss, routing.router_z_loss
-        return Losses(lm, self.loss_weights[0] * balance + self.loss_weights[1] * z, balance, z)
+        return Losses(lm, self.load_balancing_weight * balance + self.router_z_weight * z, balance, z)
 
     def embed(self, batch, texts=None):
         """The LLM's input: embeddings (B, L, D), attention mask (B, L), labels (B, L), MultimodalRouting.
@@ -171,8 +171,8 @@ class LlamaSMoP(Encoders):
         return embeddings, (ids != self.tokenizer.pad_token_id).long(), labels, routing
 
     def project(self, batch):
-        """The LLM-wide tokens of each modality, those of all clips one after the other: {modality: (N, D)}, how many
-        each clip has: {modality: (B,) on the CPU}, MultimodalRouting."""
+        """The projected tokens of each modality, clip after clip: {modality: (N, D)}, how many each clip has:
+        {modality: (B,) on the CPU}, MultimodalRouting."""
         features, counts = self.encode(batch)  # (B, tokens, D_encoder)
         masks = {modality: self.mask_of(counts[modality], x.shape[1]) for modality, x in features.items()}
         with self.autocast():
@@ -180,16 +180,16 @@ class LlamaSMoP(Encoders):
         return {modality: x[masks[modality]] for modality, x in features.items()}, counts, routing
 
     def token_ids(self, counts, texts=None):
-        """Token ids (B, L) with SLOTs for the features, and labels (B, L): IGNORE but for each text and its EOS."""
-        encode = self.tokenizer.convert_tokens_to_ids
+        """Token ids (B, L) with SLOTs for the features, and labels (B, L): IGNORE except at each text and its EOS."""
+        id_of = self.tokenizer.convert_tokens_to_ids
         bos, eos, pad = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         prompt = self.tokenizer(self.prompt, add_special_tokens=False).input_ids
         rows, targets = [], []
-        for i in range(len(next(iter(counts.values())))):
+        for i in range(len(counts[self.modalities[0]])):
             row = [] if bos is None else [bos]
             for modality in self.modalities:
                 slots = [SLOT[modality]] * int(counts[modality][i])
-                row += [encode(f"<{modality}>"), *slots, encode(f"</{modality}>")]
+                row += [id_of(f"<{modality}>"), *slots, id_of(f"</{modality}>")]
             row += prompt
             text = [] if texts is None else [*self.tokenizer(texts[i], add_special_tokens=False).input_ids, eos]
             rows.append(torch.tensor(row + text))
@@ -289,8 +289,9 @@ class LlamaSMoP(Encoders):
         for name, value in state.items():
             if name.startswith("new_tokens."):
                 new = self.tokenizer.convert_tokens_to_ids(["<pad>", *MARKERS])
-                end = getattr(self.llm, f"get_{name.partition('.')[2]}_embeddings")()
-                end.weight[new] = value.to(end.weight)
+                is_input = name == "new_tokens.input"
+                rows = (self.llm.get_input_embeddings() if is_input else self.llm.get_output_embeddings()).weight
+                rows[new] = value.to(rows)
             else:
                 own[name].copy_(value)
 

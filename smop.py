@@ -77,7 +77,7 @@ def mix(x, mask, gate, experts, top_k, renormalize):
     if mask.shape != x.shape[:-1] or mask.dtype != torch.bool:
         got = f"mask {mask.dtype} {tuple(mask.shape)} for x {tuple(x.shape)}"
         raise ValueError(f"{got}: bool {tuple(x.shape[:-1])} expected")
-    real = torch.where(mask)  # indices: a mask would make a GPU wait at each use
+    real = torch.where(mask)  # indices, since a GPU waits each time a mask is used as one
     tokens = x[real]  # (N, D)
     routing = route(tokens, gate, top_k, renormalize)
     projected = combine(tokens, routing, experts)  # (N, O)
@@ -138,7 +138,8 @@ def token_mean(x):
 
 class MultimodalRouting(NamedTuple):
     """Routing by modality, and the two losses to train with: each router's over all the tokens that it routes, summed
-    over the routers. Balanced, the first is top_k for a joint router, and top_k times the modalities for disjoint ones."""
+    over the routers. When balanced, the first is top_k for a joint router, and top_k times the number of modalities for
+    disjoint ones."""
 
     by_modality: dict[str, Routing]
     load_balancing_loss: torch.Tensor

@@ -7,7 +7,7 @@ pitch, vocal tract length, durations, face and light. As in speech, the two sens
 * p, b and m look the same, so do f and v, t, d, n and s, k and g: the lips show where a consonant is made;
 * in noise p, t and k sound the same, so do b, d and g, m and n, f and s: what is left to hear is how it is made.
 
-Everything follows from a clip's id, and is made when it is asked for.
+A clip's id determines everything; a clip is made when it is read.
 """
 
 import itertools
@@ -60,11 +60,11 @@ def corpus(split):
     return clips
 
 
-def render(name, kind):
+def render(name, modality):
     """The clip's "audio" (S,) float32 at 16 kHz, or its "video" (T, 96, 96) uint8 at 25 frames a second."""
     _, phones = _script(name)
-    rng = np.random.default_rng(zlib.crc32(f"{name} {kind}".encode()))
-    return (_speak if kind == "audio" else _draw)(phones, rng)
+    rng = np.random.default_rng(zlib.crc32(f"{name} {modality}".encode()))
+    return (_speak if modality == "audio" else _draw)(phones, rng)
 
 
 def word_times(name):
@@ -84,8 +84,7 @@ def _script(name):
     rng = random.Random(name)
     while True:  # a checksum of its words tells the split of a sentence: one in eight is for test, one for valid
         words = [rng.choice(list(row)) for row in MATRIX]
-        held_out = zlib.crc32(" ".join(words).encode()) % 8
-        if (split == "test", split == "valid") == (held_out == 0, held_out == 1):
+        if {0: "test", 1: "valid"}.get(zlib.crc32(" ".join(words).encode()) % 8, "train") == split:
             break
     phones = [("_", rng.randint(1, 2))]
     for word, row in zip(words, MATRIX):
@@ -94,7 +93,7 @@ def _script(name):
 
 
 def _targets(phones, column, rate):
-    """Targets (rate * seconds, columns) that glide from phone to phone over about 60 ms, which for video is one frame."""
+    """Targets (rate * seconds, columns). Sound glides from phone to phone over 70 ms; lips change from frame to frame."""
     steps = np.concatenate([np.tile(PHONES[p][column], (n * rate // FPS, 1)) for p, n in phones]).astype(np.float32)
     window = np.hanning(2 * (rate * 6 // 100 // 2) + 3)[1:-1]
     padded = np.pad(steps, ((len(window) // 2,) * 2, (0, 0)), mode="edge")
@@ -109,9 +108,8 @@ def _speak(phones, rng):
     pitch = rng.uniform(90, 220) * (1 + 0.08 * np.sin(np.linspace(0, rng.uniform(3, 9), length) + rng.uniform(0, 6)))
     pulses = np.diff(np.floor(np.cumsum(pitch) / SAMPLE_RATE), prepend=0).astype(np.float32) * 12
     noise = rng.standard_normal(length, np.float32)
-    f1, f2, voice, hiss, centre = (targets * [*[rng.uniform(0.92, 1.08)] * 2, 1, 1, rng.uniform(0.95, 1.05)]).T[
-        ..., None
-    ]
+    tract = rng.uniform(0.92, 1.08)  # its length moves both formants
+    f1, f2, voice, hiss, centre = (targets * [tract, tract, 1, 1, rng.uniform(0.95, 1.05)]).T[..., None]  # (frames, 1)
     freq = np.fft.rfftfreq(size, 1 / SAMPLE_RATE)
     formants = sum(gain * np.exp(-0.5 * ((freq - f) / width) ** 2) for f, gain, width in ((f1, 1, 90), (f2, 0.5, 130)))
     filters = voice * (formants + 0.02), hiss * np.exp(-0.5 * ((freq - centre) / (200 + 0.15 * centre)) ** 2)

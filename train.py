@@ -115,9 +115,7 @@ class Args:
     workers: int | None = arg(None, "data-loading processes (default: 2; for a GPU, one per core, at most 16)")
     save_every: int = arg(0, "steps between checkpoints within an epoch (0: after epochs only)")
     average: int = arg(1, "how many of the last epochs' weights are averaged for evaluation")
-    eval_snr: str = arg(
-        "clean 5 0 -5", "SNRs (dB) of the final evaluation; a task without audio knows only clean"
-    )
+    eval_snr: str = arg("clean 5 0 -5", "SNRs (dB) of the final evaluation; a task without audio knows only clean")
     num_beams: int = arg(1, "of the final evaluation")
     device: str = arg("cuda" if torch.cuda.is_available() else "cpu", "any of torch's: cpu, cuda, cuda:1, mps")
 
@@ -215,16 +213,18 @@ def build_model(args, tokenizer=None):
 
 def learning_rate(step, steps, warmup):
     """Factor of the peak rate: linear warm-up over the share `warmup` of the steps, then a cosine to 0."""
-    rise = max(round(warmup * steps), 1)
-    return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
+    rising = max(round(warmup * steps), 1)
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(steps - rising, 1)))
 
 
 # --- the loop ----------------------------------------------------------------------------------------------------
 
 
-def train_steps(model, optimizer, plan, done, batches, valid, run, args, end_epoch):
-    """Run the steps that remain, plan[done:]. `batches` yields each step's batches in order and, after each epoch, `valid`
-    batches of the valid split."""
+def train_steps(model, optimizer, plan, done, batches, valid_batches, run, args, at_epoch_end):
+    """Run the steps that remain, plan[done:]. `batches` yields each step's batches in order and, after each epoch,
+    `valid_batches` batches of the valid split for `at_epoch_end`."""
     wrapped = runs.distribute(model, unused="video" in model.modalities and is_trained(model.video_encoder))
     trained = optimizer.param_groups[0]["params"]
     bar = tqdm(total=len(plan), initial=done, unit="step", disable=not run.writes)
@@ -257,7 +257,7 @@ def train_steps(model, optimizer, plan, done, batches, valid, run, args, end_epo
             bar.update()
             bar.set_postfix({name: f"{values[name]:.2f}" for name in ("lm", "load_balancing", "router_z")})
             if step.last:
-                end_epoch(model, step.epoch, number, islice(batches, valid), run, args)
+                at_epoch_end(model, step.epoch, number, islice(batches, valid_batches), run, args)
             if step.last or stop or args.save_every and number % args.save_every == 0:
                 run.save(model, optimizer, number)
             if stop:
@@ -267,7 +267,7 @@ def train_steps(model, optimizer, plan, done, batches, valid, run, args, end_epo
 def not_finite(values, number, ids, out):
     return (
         f"step {number}: a loss or gradient is not finite ({values}); the last checkpoint is kept, and "
-        f"--resume {out} --lr RATE continues from it; clips of this step: {', '.join(ids)}"
+        f"train.py --resume {out} --lr RATE continues a run of train.py; clips of this step: {', '.join(ids)}"
     )
 
 

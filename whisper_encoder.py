@@ -24,7 +24,7 @@ MAX_SAMPLES = MAX_SECONDS * SAMPLE_RATE
 
 
 def whisper_frames(samples):
-    """Encoder frames kept of clips with `samples` (B,) samples: 50 a second, at least 25, at most 1500.
+    """How many encoder frames are kept of clips of `samples` (B,) samples: 50 a second, at least 25, at most 1500.
 
     In integers and per clip; the published code takes the longest clip of the batch, in the default dtype.
     """

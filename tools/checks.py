@@ -1,17 +1,17 @@
-"""What a model cannot take of a corpus, said before any clip is read."""
+"""Refuse clips that a model cannot take, before any clip is read."""
 
 import torch
 
 import whisper_encoder
-from avhubert import FPS
 from model import MAX_NEW_TOKENS
 from tools.errors import InputError
+from tools.media import SAMPLES_PER_FRAME
 
 
 def tokens_and_faults(encoders, clips):
     """({modality: tokens of each clip}, {what is wrong with their lengths: (B,) bool})."""
     frames = torch.tensor([clip.frames for clip in clips])
-    samples = frames * (whisper_encoder.SAMPLE_RATE // FPS)
+    samples = frames * SAMPLES_PER_FRAME
     lengths = {"audio": whisper_encoder.whisper_frames(samples), "video": frames}
     counts = {modality: lengths[modality] // encoders.pools[modality] for modality in encoders.modalities}
     faults = {f"too short for {m} pooling by {encoders.pools[m]}": count < 1 for m, count in counts.items()}
@@ -21,12 +21,12 @@ def tokens_and_faults(encoders, clips):
 
 
 def check_lengths(encoders, clips):
-    """An InputError names every clip whose length these encoders cannot take; no clip is read."""
+    """An InputError names clips (20 at most) whose length these encoders cannot take; no clip is read."""
     refuse(clips, tokens_and_faults(encoders, clips)[1])
 
 
 def check_clips(model, clips):
-    """An InputError names every clip whose length or transcript this model cannot take; no clip is read."""
+    """An InputError names clips (20 at most) whose length or transcript this model cannot take; no clip is read."""
     counts, faults = tokens_and_faults(model, clips)
     texts = [clip.text for clip in clips]
     tokens = model.count_tokens(texts)

@@ -36,8 +36,8 @@ class Corpus(NamedTuple):
 
 
 def find_clips(raw, grid=False, talkers=(), others=(), valid_list=None):
-    """The Corpus in the folder `raw`. Of GRID, `talkers` are in train, valid and test (default: all) but for those of
-    `others`, the split of talkers that no training knows. `valid_list` divides the trainval/ of LRS3."""
+    """The Corpus in the folder `raw`. GRID: `talkers` (default: all) are in train, valid and test; those of `others` are
+    kept out of training, in a split of that name. `valid_list` divides the trainval/ of LRS3."""
     if not raw.is_dir():
         raise InputError(f"{raw}: no such folder")
     if valid_list and not (raw / "trainval").is_dir():
@@ -66,7 +66,7 @@ def read_manifests(raw):
         else:
             others.append(path)
     if others:
-        corpus.skipped.append(count("named for no split", others))
+        corpus.skipped.append(say_skipped("named for no split", others))
     return corpus
 
 
@@ -93,10 +93,10 @@ def sort_files(files, layout):
         kind = mimetypes.guess_type(path.name)[0] or ""
         if kind.startswith(("audio/", "video/")) and path.with_suffix("") not in stems:
             skipped["of sound without a video, or of an unknown kind"].append(path)
-    return Corpus(clips, failures, [count(reason, paths) for reason, paths in skipped.items()])
+    return Corpus(clips, failures, [say_skipped(reason, paths) for reason, paths in skipped.items()])
 
 
-def count(reason, paths):
+def say_skipped(reason, paths):
     return f"skipped {len(paths)} files {reason}: {', '.join(map(str, paths[:3]))}{', ...' * (len(paths) > 3)}"
 
 
@@ -123,9 +123,10 @@ class Folders:
         if top == "pretrain":
             return None, "in pretrain/"
         if self.has_lists:
-            return self.listed.get(name), name if name in self.listed else "that no list names"
+            return (self.listed[name], name) if name in self.listed else (None, "that no list names")
         if top == "trainval" and folders:
-            return self.listed.get(name, "train") if self.valid_list else draw_split(folders[0], 4, 0), name
+            split = self.listed.get(name, "train") if self.valid_list else draw_split(folders[0], 4, 0)
+            return split, name
         if top in SPLITS and folders:
             return SPLITS[top], name
         return None, "outside train/, valid/ or val/, test/ and trainval/"

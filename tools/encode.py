@@ -28,14 +28,13 @@ from eval import load_noise, parse_snr
 from tools import run as runs
 from tools.checks import check_lengths
 from tools.errors import InputError, run_command
-from tools.features import FACTS, is_features, version_at
+from tools.features import FACTS, fingerprints, is_features, version_at
 
 SHARD = 1000  # clips
 SNRS = "5 2.5 0 -2.5 -5".split()
 HERE = Path(__file__).resolve().parent.parent
-SOURCES = (
-    "data encoders whisper_encoder avhubert synthetic tools/media tools/encode".split()
-)  # what decides the features
+# The files that decide the features.
+SOURCES = "data encoders whisper_encoder avhubert synthetic tools/media tools/encode".split()
 
 
 def load_splits(data):
@@ -144,7 +143,7 @@ def describe(args, encoders, corpora, noise):
         value = getattr(args, name)
         facts[name] = os.path.abspath(value) if value and value != "synthetic" and os.path.exists(value) else value
     facts["snrs"] = [snr for snr in map(parse_snr, args.snr) if snr is not None]
-    facts["encoders"] = encoders.fingerprints()
+    facts["encoders"] = fingerprints(encoders)
     facts["clips"] = {split: runs.fingerprint(clips) for split, clips in corpora.items()}
     facts["sound of the noise"] = zlib.crc32(noise) if noise is not None else None
     facts["code"] = zlib.crc32(b"".join((HERE / f"{name}.py").read_bytes() for name in SOURCES))

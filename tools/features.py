@@ -1,4 +1,4 @@
-"""The features of a corpus that tools/encode.py computed: where they are stored, what they were made from, reading them.
+"""Read the features that tools/encode.py stored, and check what they were made from.
 
 Their folder holds features.json; the manifests, in which the `path` of a clip is its shard, SPLIT/NUMBER; and in each shard
 one safetensors file per version, with the tensors ID.audio and ID.video, (tokens, D) in float16. The versions are "clean",
@@ -6,6 +6,7 @@ one safetensors file per version, with the tensors ID.audio and ID.video, (token
 """
 
 import json
+import zlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -33,7 +34,7 @@ class Features:
 
     def check(self, model, versions):
         """An InputError unless these features were made with the model's encoders and {version: clips} are there."""
-        for modality, asked in model.fingerprints().items():
+        for modality, asked in fingerprints(model).items():
             if (found := self.facts["encoders"].get(modality)) is None:
                 raise InputError(f"{self.folder}: no {modality} in these features; give another --task")
             if found != asked:
@@ -43,6 +44,19 @@ class Features:
             for shard in sorted({clip.path for clip in clips}):
                 if not (file := shard / f"{version}.safetensors").is_file():
                     raise InputError(f"{file}: missing; python -m tools.encode did not finish, or was not asked for it")
+
+
+def fingerprints(encoders):
+    """{modality: what its features depend on}: its pool, how much Whisper hears, a checksum of the weights.
+    Call it before `to("cuda")`, which rounds them."""
+    prints = {}
+    for modality in encoders.modalities:
+        checksum = 0
+        for x in getattr(encoders, f"{modality}_encoder").state_dict().values():
+            checksum = zlib.crc32(x.float().contiguous().numpy(), checksum)
+        window = [encoders.audio_window] if modality == "audio" else []
+        prints[modality] = [f"pool {encoders.pools[modality]}", *window, f"weights {checksum:08x}"]
+    return prints
 
 
 def is_features(data):

@@ -29,7 +29,7 @@ from train import keys_of, train_steps
 # dim is that of Whisper-base, so that JEJR and JEDR can share.
 ENCODER = {"dim": 512, "layers": 2, "heads": 8, "ffn_dim": 1024, "stem_width": 16, "stem_stride": 8}
 ENCODER |= {"trunk_widths": [16, 32, 64, 128], "conv_pos": 32, "dropout": 0.1}
-# The rest of train.py's arguments that its loop reads.
+# Arguments of train.py that are fixed here.
 SETTINGS = {"max_frames": 900, "warmup": 0.05, "weight_decay": 0.1, "clip_grad": 1.0, "save_every": 0}
 
 

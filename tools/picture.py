@@ -19,21 +19,18 @@ def draw_clip(model, clip, item, hypothesis, path, words=()):
     """Write a picture of `clip`, whose `item` is that of a ClipDataset. words: [(start, end, word)] in seconds, if known."""
     _, counts, routing = model.project(collate([item]))
     best = {m: r.experts[:, 0].tolist() for m, r in routing.by_modality.items()}  # of the largest weight, per token
-    panels = [name for name in ("video", "audio") if name in item] + ["words"] * bool(words) + list(best)
-    heights = {"video": 1.0, "audio": 1.2, "words": 0.35}
-    rows = [heights[name] if i < len(panels) - len(best) else 0.4 for i, name in enumerate(panels)]
+    shown = [name for name in ("video", "audio") if name in item] + ["words"] * bool(words)
+    heights = [{"video": 1.0, "audio": 1.2, "words": 0.35}[name] for name in shown] + [0.4] * len(best)
     seconds = clip.frames / FPS
+    size = (8, 0.9 + sum(heights))
     fig, axes = plt.subplots(
-        len(panels), figsize=(8, 0.9 + sum(rows)), sharex=True, layout="constrained", height_ratios=rows, squeeze=False
+        len(heights), figsize=size, sharex=True, layout="constrained", height_ratios=heights, squeeze=False
     )
-    for i, (name, ax) in enumerate(zip(panels, axes[:, 0])):
+    for ax in axes[:, 0]:
         ax.set_yticks([])
-        if i >= len(panels) - len(best):
-            step = seconds / len(best[name])
-            colours = [COLOURS[expert % len(COLOURS)] for expert in best[name]]
-            ax.broken_barh([(t * step, step) for t in range(len(colours))], (0, 1), facecolors=colours)
-            ax.set(ylabel=name, ylim=(0, 1))
-        elif name == "video":
+        ax.spines[:].set_visible(False)
+    for name, ax in zip(shown, axes[:, 0]):
+        if name == "video":
             draw_mouths(ax, item["video"].numpy(), seconds)
         elif name == "audio":
             mel = log_mel(item["audio"][None], model.mel_filters.cpu())[0].numpy()
@@ -43,13 +40,15 @@ def draw_clip(model, clip, item, hypothesis, path, words=()):
                 ax.text((start + end) / 2, 0.4, word, ha="center", va="center", parse_math=False)
                 ax.vlines((start, end), 0, 1, color="0.6", linewidth=0.6)
             ax.set(ylim=(0, 1))
-        ax.spines[:].set_visible(False)
-    axes[-1, 0].set(
-        xlim=(0, seconds), xlabel=f"seconds; colours: each token's expert of largest weight, of {experts_of(model)}"
-    )
-    axes[0, 0].set_title(
-        f"said: {shorten(clip.text, 90)}\nread: {shorten(hypothesis, 90)}", loc="left", fontsize=10, parse_math=False
-    )
+    for (modality, experts), ax in zip(best.items(), axes[len(shown) :, 0]):
+        step = seconds / len(experts)
+        colours = [COLOURS[expert % len(COLOURS)] for expert in experts]
+        ax.broken_barh([(t * step, step) for t in range(len(experts))], (0, 1), facecolors=colours)
+        ax.set(ylabel=modality, ylim=(0, 1))
+    legend = f"seconds; colours: each token's expert of largest weight, of {experts_of(model)}"
+    axes[-1, 0].set(xlim=(0, seconds), xlabel=legend)
+    texts = f"said: {shorten(clip.text, 90)}\nread: {shorten(hypothesis, 90)}"
+    axes[0, 0].set_title(texts, loc="left", fontsize=10, parse_math=False)
     fig.savefig(path, dpi=130)
     plt.close(fig)
 

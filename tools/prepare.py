@@ -17,7 +17,6 @@ import importlib.util
 import math
 import os
 import sys
-import time
 import wave
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
@@ -28,6 +27,7 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.image import imsave
 from tqdm import tqdm
 
 from data import HEADER, OTHERS, write_table
@@ -85,7 +85,7 @@ def find_landmarks(frames):
     """
     _, detect, predict = _dlib()
     found, last, lost = [], None, 0  # lost: frames since the last face
-    for frame in map(np.ascontiguousarray, frames):  # of others, dlib reads memory that is freed already
+    for frame in map(np.ascontiguousarray, frames):  # dlib reads freed memory otherwise
         faces = find_near(frame, last) if last else []
         if not faces:
             upsample = int(min(frame.shape[:2]) < 480)  # the detector misses faces of under 80 pixels
@@ -209,7 +209,7 @@ def write_video(path, mouths):
 def write_audio(path, samples):
     """Write float samples as a 16 kHz mono 16-bit WAV; what goes beyond full scale is clipped, not wrapped."""
     with wave.open(str(path), "wb") as file:
-        file.setnchannels(1), file.setsampwidth(2), file.setframerate(SAMPLE_RATE)
+        file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", "NONE"))  # mono, 16 bits
         file.writeframes((np.clip(samples, -1, 1) * 32767).round().astype("<i2").tobytes())
 
 
@@ -218,11 +218,7 @@ def write_sheet(path, tiles, columns=20):
     tiles = np.stack([*tiles, *[np.zeros_like(tiles[0])] * (-len(tiles) % columns)])
     height, width = tiles.shape[1:]
     sheet = tiles.reshape(-1, columns, height, width).transpose(0, 2, 1, 3).reshape(-1, columns * width)
-    with av.open(str(path), "w", format="image2") as container:
-        stream = container.add_stream("png", rate=1)
-        stream.width, stream.height, stream.pix_fmt = sheet.shape[1], sheet.shape[0], "gray"
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(sheet), format="gray")))
-        container.mux(stream.encode())
+    imsave(path, sheet, cmap="gray", vmin=0, vmax=255)
 
 
 # --- the command -------------------------------------------------------------------------------------------------
@@ -248,7 +244,7 @@ def prepare_clip(source, video, with_tile):
 def prepare_clips(clips, out, workers):
     """Prepare all of [(split, id, path, text)]: (rows of the manifests by split, failures, tiles of the sheet)."""
     rows, failures, tiles = {split: [] for split, *_ in clips}, [], []
-    step = -(-len(clips) // TILES)
+    step = math.ceil(len(clips) / TILES)
     pool = ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
         videos = [Path("clips", split, f"{name}.mp4") for split, name, *_ in clips]
@@ -263,7 +259,8 @@ def prepare_clips(clips, out, workers):
                 continue
             frames, tile = result
             rows[split].append((name, video, frames, text))
-            tiles += [tile] * (tile is not None)
+            if tile is not None:
+                tiles.append(tile)
     finally:
         pool.shutdown(cancel_futures=True)
     return rows, failures, tiles
@@ -295,9 +292,7 @@ def main():
     _dlib()  # complain about a missing package before any work
     out.mkdir(parents=True, exist_ok=True)
 
-    start = time.perf_counter()
     rows, failures, tiles = prepare_clips(corpus.clips, out, args.workers)
-    speed = len(corpus.clips) / (time.perf_counter() - start)
     failures = corpus.failures + failures
     if OTHERS not in rows:  # those of an earlier call may now be in the train split
         (out / f"{OTHERS}.csv").unlink(missing_ok=True)
@@ -310,7 +305,7 @@ def main():
     if tiles:
         write_sheet(out / "sheet.png", tiles)
     prepared = sum(map(len, rows.values()))
-    print(f"{prepared} clips prepared, {len(failures)} failed, {speed:.1f} clips a second; look at {out / 'sheet.png'}")
+    print(f"{prepared} clips prepared, {len(failures)} failed; look at {out / 'sheet.png'}")
     sys.exit(int(len(failures) > args.allow_failures))
 
 

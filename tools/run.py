@@ -255,7 +255,7 @@ def gather(values):
 
 
 def seed_step(seed, step, batch):
-    """Dropout, too, does not depend on what was before: a run that continues draws the same, and each process its own."""
+    """Seed dropout by step and process: a run that continues draws the same, and each process draws its own."""
     torch.manual_seed(random.Random(f"{seed} {step} {batch} {rank_and_world()[0]}").getrandbits(63))
 
 
@@ -270,7 +270,7 @@ def mean_over_processes(values):
 
 
 def share_state(model):
-    """Give all processes what process 0 has trained: on CPUs, BatchNorm's statistics of a step are each one's own."""
+    """Give all processes what process 0 has trained: on CPUs, each has its own BatchNorm statistics."""
     if dist.is_initialized():
         for tensor in model.trained_state().values():
             dist.broadcast(tensor, 0)

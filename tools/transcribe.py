@@ -55,14 +55,13 @@ def transcribe(model, path, num_beams=1, longest=MAX_SECONDS):
     cuts = find_cuts(frames, clip.get("audio"), longest * FPS)
     segments = []
     for start, end in zip(cuts, tqdm(cuts[1:], desc=Path(path).name, unit="piece", leave=False, disable=None)):
-        item, silent, text = {"id": str(path), "text": ""}, False, ""
+        item, silent = {"id": str(path), "text": ""}, False
         if "audio" in clip:
             audio = clip["audio"][start * SAMPLES_PER_FRAME : end * SAMPLES_PER_FRAME]
             item["audio"], silent = transform_audio(audio), is_silent(audio)
         if "video" in clip:
             item["video"] = crop_video(clip["video"][start:end])
-        if not silent:  # of silence, normalising would make noise
-            (text,) = model.generate(collate([item]), num_beams)
+        text = "" if silent else model.generate(collate([item]), num_beams)[0]  # normalised silence would be noise
         segments.append({"start": start / FPS, "end": end / FPS, "text": text})
     return segments
 
