@@ -68,13 +68,12 @@ def test_mixture_equals_naive_loop(num_experts, top_k, renormalize):
         close(a, torch.zeros_like(a) if b is None else b, atol=1e-12)
 
 
-@pytest.mark.parametrize("filling", [0.0, 1e4, float("nan"), float("inf")])
-def test_padding_changes_nothing(filling):
+def test_padding_changes_nothing():
     torch.manual_seed(0)
     layer = SMoP(6, 5, num_experts=4, top_k=2)
     x = torch.randn(3, 8, 6)
     mask = torch.arange(8) < torch.tensor([[8], [3], [0]])
-    padded = x.masked_fill(~mask[..., None], filling).requires_grad_()
+    padded = x.masked_fill(~mask[..., None], float("nan")).requires_grad_()
     real = x[mask].requires_grad_()
     results = []
     for tokens, m in ((padded, mask), (real, None)):
@@ -127,9 +126,10 @@ def test_router_stays_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         y, routing = layer(x)
     assert routing.logits.dtype == routing.weights.dtype == torch.float32
-    assert torch.equal(routing.experts, layer(x)[1].experts)
+    close(routing.logits, layer(x)[1].logits)
     y, routing = layer.bfloat16()(x.bfloat16())
     assert y.dtype == torch.bfloat16 and routing.logits.dtype == torch.float32
+    close(routing.logits, x.bfloat16().float() @ layer.gate.weight.float().T)
 
 
 def test_mixture_compiles_and_exports():

@@ -1,12 +1,7 @@
-"""Decoding: pictures and sound stand at their time, whatever a file's rates, holes and shapes; bad files are named.
-
-pytest -q tests/test_media.py
-pytest -q tests/test_media.py -m slow      # 500 damaged clips
-"""
+"""Decoding: pictures and sound stand at their time, whatever a file's rates, holes and shapes; bad files are named."""
 
 import random
 import struct
-import time
 import zlib
 from fractions import Fraction
 
@@ -16,7 +11,7 @@ import pytest
 
 from tools import media
 from tools.errors import InputError
-from tools.media import find_sound, fit_audio, load_audio, load_video, video_frames
+from tools.media import find_sound, load_audio, load_video, video_frames
 
 
 def write_clip(path, pictures=(), sounds=(), fps=25, clock=None, rate=16000, layout="mono", codecs=("libx264", "aac"),
@@ -52,14 +47,12 @@ def write_clip(path, pictures=(), sounds=(), fps=25, clock=None, rate=16000, lay
     return path
 
 
-def write_media(path, seconds=1.0, fps=25, size=96, rate=16000, channels=1, audio=True, video=True):
-    """A media file whose picture brightens with time, with a tone that starts in the middle."""
-    levels = 40 + 160 * np.arange(round(fps * seconds)) / (fps * seconds)
-    pictures = [(t / fps, np.full((size, size), level, np.uint8)) for t, level in enumerate(levels)]
-    t = np.arange(round(rate * seconds)) / rate
-    sounds = [(0, 0.3 * np.sin(2 * np.pi * 440 * t) * (t > seconds / 2))]
-    layout = "stereo" if channels == 2 else "mono"
-    return write_clip(path, pictures * video, sounds * audio, fps, rate=rate, layout=layout)
+def write_media(path, size=96, audio=True, video=True):
+    """A second whose picture brightens with time, with a tone that starts in the middle."""
+    pictures = [(t / 25, np.full((size, size), 40 + 160 * t / 25, np.uint8)) for t in range(25)]
+    t = np.arange(16000) / 16000
+    sounds = [(0, 0.3 * np.sin(2 * np.pi * 440 * t) * (t > 0.5))]
+    return write_clip(path, pictures * video, sounds * audio)
 
 
 def counted(times, size=96):
@@ -79,18 +72,6 @@ def onset(samples):
 
 
 # --- pictures ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("fps, rate, channels", [(25, 16000, 1), (30, 44100, 2), (50, 8000, 1), (10, 48000, 2)])
-def test_any_rate_becomes_25_fps_and_16_khz(tmp_path, fps, rate, channels):
-    path = write_media(tmp_path / "a.mp4", fps=fps, rate=rate, channels=channels)
-    video, audio = load_video(path), load_audio(path)
-    assert video.shape == (25, 96, 96)
-    expected = 40 + 160 * np.arange(25) / 25
-    tolerance = 160 / min(fps, 25) + 12  # up to one source frame, and the codec
-    assert np.abs(video.mean((1, 2)) - expected).max() < tolerance
-    assert abs(len(audio) - 16000) < 1600  # the AAC encoder pads to whole frames
-    assert onset(audio) == pytest.approx(0.5, abs=0.03)
 
 
 @pytest.mark.parametrize("jitter", [0, 0.35])
@@ -344,11 +325,6 @@ def test_the_sound_of_a_clip(tmp_path):
     assert onset(load_audio(find_sound(late))) < 0.01  # it starts with the picture, whatever the video's timestamps say
 
 
-def test_fit_audio():
-    samples = np.arange(4, dtype=np.float32)
-    assert fit_audio(samples, 2).tolist() == [0, 1] and fit_audio(samples, 6).tolist() == [0, 1, 2, 3, 0, 0]
-
-
 # --- bad files ---------------------------------------------------------------------------------------------------
 
 
@@ -382,73 +358,37 @@ def test_whatever_the_library_raises_names_the_file(tmp_path, monkeypatch, fault
             load(path)
 
 
-def test_faults_of_the_reader_keep_their_class(tmp_path):
-    with pytest.raises(KeyError):
-        for _ in video_frames(write_media(tmp_path / "a.mp4")):
-            raise KeyError
-
-
 def test_a_name_that_looks_like_a_protocol(tmp_path, monkeypatch):
     monkeypatch.chdir(write_media(tmp_path / "12:30.mp4").parent)
     assert len(load_video("12:30.mp4")) == 25
 
 
-def damaged_clips(folder, count):
-    """(kind of damage, path, whether it must be refused) of `count` media files and what can be wrong with them."""
-    rng = random.Random(0)
-    good = write_media(folder / "good.mp4").read_bytes()
-    made = {"mute": dict(audio=False), "blind": dict(video=False), "one frame": dict(seconds=0.04), "7 fps": dict(fps=7),
-            "96 kHz": dict(rate=96000), "8 kHz": dict(rate=8000), "stereo": dict(channels=2)}  # fmt: skip
-    if count > 100:
-        made["long"] = dict(seconds=600)
-    for name, settings in made.items():
-        yield name, write_media(folder / f"{name}.mp4", **settings), name in ("mute", "blind")
-    for name, level in {"silent": 0, "clipped": 40, "nan": np.nan, "loud": 1e38}.items():
-        write_clip(folder / f"{name}.wav", sounds=[(0, np.full(16000, level))], codecs=(None, "pcm_f32le"))
-        yield name, write_media(folder / f"{name}.mp4"), name in ("nan", "loud")
-    (folder / "folder.mp4").mkdir()
-    yield "a folder", folder / "folder.mp4", True
-    (folder / "good.png").write_bytes(good)
-    yield "wrong extension", folder / "good.png", False
-    for i in range(count - 6 - len(made)):
-        kind = ("truncated", "bits", "zeros", "noise")[i % 4]
-        content = bytearray(good)
-        if kind == "truncated":
-            del content[rng.randrange(len(content)) :]
-        elif kind == "noise":
-            content[:] = rng.randbytes(rng.randrange(5000))
-        for _ in range(rng.choice((1, 10, 200)) if kind == "bits" else 0):
-            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-        if kind == "zeros":
-            start, length = rng.randrange(len(content)), rng.choice((4, 100, 2000))
-            content[start : start + length] = bytes(len(content[start : start + length]))
-        (folder / f"{i}.mp4").write_bytes(content)
-        yield kind, folder / f"{i}.mp4", kind == "noise"
+@pytest.mark.parametrize("level", [np.nan, np.inf, 1e38])
+def test_sound_that_is_no_number_is_refused(tmp_path, level):
+    path = write_clip(tmp_path / "a.wav", sounds=[(0, np.full(16000, level))], codecs=(None, "pcm_f32le"))
+    with pytest.raises(InputError, match="a.wav: NaN, infinite or endlessly loud"):
+        load_audio(path)
 
 
-def check_damaged_clips(folder, count):
-    """Each is refused with its name, or read as finite numbers: {kind: [read, refused]}."""
-    figures = {}
-    for kind, path, must in damaged_clips(folder, count):
-        refused, begin = 0, time.time()
-        for load in (load_audio, load_video):
+@pytest.mark.parametrize("damage", ["truncated", "bits", "zeros", "noise"])
+def test_damaged_clips_are_read_or_refused_by_name(tmp_path, damage):
+    """What is read has finite numbers."""
+    rng, good, path = random.Random(0), write_media(tmp_path / "good.mp4").read_bytes(), tmp_path / "a.mp4"
+    for _ in range(12):
+        content, start = bytearray(good), rng.randrange(len(good))
+        if damage == "truncated":
+            del content[start:]
+        elif damage == "zeros":
+            content[start : start + 2000] = bytes(len(content[start : start + 2000]))
+        elif damage == "noise":
+            content = rng.randbytes(rng.randrange(5000))
+        else:
+            for _ in range(rng.choice((1, 10, 200))):
+                content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+        for load, dimensions in ((load_audio, 1), (load_video, 3)):
             try:
-                read = load(find_sound(path) if load is load_audio else path)
-                assert len(read) and np.isfinite(read).all() and read.ndim == (1 if load is load_audio else 3)
+                read = load(path)
+                assert damage != "noise" and len(read) and np.isfinite(read).all() and read.ndim == dimensions
             except InputError as error:
-                assert path.stem in str(error)
-                refused = 1
-        assert refused or not must, path
-        assert time.time() - begin < 60, path
-        figures.setdefault(kind, [0, 0])[refused] += 1
-    return figures
-
-
-def test_damaged_clips_are_read_or_refused_by_name(tmp_path):
-    assert sum(map(sum, check_damaged_clips(tmp_path, 54).values())) == 54
-
-
-@pytest.mark.slow
-def test_500_damaged_clips_are_read_or_refused_by_name(tmp_path):
-    figures = check_damaged_clips(tmp_path, 500)
-    print(figures, [sum(column) for column in zip(*figures.values())])  # with pytest -s: read, refused
+                assert str(path) in str(error)
