@@ -1,13 +1,17 @@
-"""What several test files share: tiny models and clips, parts on disk as the hub has them, the authors' tiny checkpoint."""
+"""What several test files share: commands, tiny models and clips, parts on disk as the hub has them, the authors' tiny
+checkpoint."""
 
 import json
+import os
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -19,6 +23,7 @@ from transformers import (
 
 from encoders import MODALITIES
 from model import LlamaSMoP
+from tools.prepare import write_video
 from tools.tokenizer import train_tokenizer
 
 torch.set_num_threads(1)  # sums depend on the number of threads
@@ -28,13 +33,10 @@ GOLDEN = SHARED / "golden"  # all numbers made with the authors' code; those in 
 COMPACT = ROOT / "tests" / "golden" / "compact.npz"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs {SHARED}, which is not part of the repository")
 
-LLM = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "initializer_range": 0.5,
-}
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+LIMIT = 600  # seconds that a command may take: one that hangs must not hold up the other tests
+LLM = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+LLM |= {"initializer_range": 0.5}
 WHISPER = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 64}
 AVHUBERT = {"dim": 32, "layers": 1, "heads": 2, "stem_width": 8, "stem_stride": 4, "trunk_widths": [8, 8, 8, 8]}
 PROJECTORS = ["MLP", "JEJR", "JEDR", "DEDR"]
@@ -53,6 +55,28 @@ class Touch:
 
     def __reduce__(self):
         return open, (self.path, "w")
+
+
+# --- commands ----------------------------------------------------------------------------------------------------
+
+
+def run(*command, code=0):
+    """Run one of our scripts as a user does; returns what it printed."""
+    command = [sys.executable, *map(str, command)]
+    done = subprocess.run(command, cwd=ROOT, env=ENV, text=True, capture_output=True, timeout=LIMIT)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def command(module, *words):
+    """Run the main() of a module with this command line, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module.__name__, *map(str, words)])
+        module.main()
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 # --- tiny and random ---------------------------------------------------------------------------------------------
@@ -80,6 +104,13 @@ def small_batch(task="avsr", seconds=(0.8, 1.56, 0.28), texts=("lay blue", "set 
     return items
 
 
+def write_picture(path, seconds, size=96):
+    """A video of a square that brightens."""
+    level = np.linspace(40, 200, round(25 * seconds)).astype(np.uint8)
+    write_video(path, np.broadcast_to(level[:, None, None], (len(level), size, size)))
+    return path
+
+
 # --- parts as the hub has them -----------------------------------------------------------------------------------
 
 
@@ -89,6 +120,17 @@ def write_tokenizer(folder, words=WORDS, **special):
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = special or {"bos_token": "<s>", "eos_token": "</s>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+def byte_level_tokenizer(folder):
+    """As Llama-3 and SmolLM2: byte-level BPE which, asked for special tokens, puts BOS first."""
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(["lay blue at a one now"], 280, special_tokens=["<|begin|>", "<|end|>"])
+    tokenizer.post_processor = processors.TemplateProcessing("<|begin|> $A", special_tokens=[("<|begin|>", 0)])
+    special = {"bos_token": "<|begin|>", "eos_token": "<|end|>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def write_whisper(folder, **settings):
@@ -112,7 +154,7 @@ def write_llama(folder, **settings):
 
 def write_published(folder):
     """The model that the numbers of the authors' code are of, as their users have it: llm/, whisper/, avhubert.pt and
-    model.pth with all of it. Returns its description. Weights follow from a seed, see ../shared/golden/README.md."""
+    model.pth with all of it. Weights follow from a seed, see ../shared/golden/README.md."""
     golden = np.load(COMPACT)
     info = json.loads(str(golden["model.info_json"]))
     weights = seeded_weights(golden["model.shapes_json"], golden["model.seed"])
@@ -136,7 +178,6 @@ def write_published(folder):
     shapes = llm.state_dict().items()  # without the rows of the 5 tokens that the model adds
     llm.load_state_dict({name: weights[f"llm.{name}"][: len(x)] for name, x in shapes})
     llm.save_pretrained(folder / "llm")
-    return info
 
 
 def seeded_weights(shapes, seed):

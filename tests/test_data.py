@@ -2,17 +2,16 @@
 
 import math
 import random
-import sys
 
 import numpy as np
 import pytest
 import torch
-from common import close
+from common import close, command
 from test_media import write_media
 
 import data
 import synthetic
-from data import ClipDataset, collate, load_corpus, pack, plan_run, read_manifest
+from data import ClipDataset, load_corpus, pack, plan_run, read_manifest
 from tools.errors import InputError
 
 
@@ -93,19 +92,18 @@ def test_clips_that_are_not_as_their_manifest_says(tmp_path):
         load(good, "video", frames=40)
     with pytest.raises(InputError, match="good.mp4: 1.* s of audio, but its manifest says 1.6 s"):
         load(good, "audio", frames=40)
-    for name, size in (("tiny.mp4", 64), ("raw.mp4", 288)):  # what prepare.py has not seen must not be trained on
+    for name, size in (("tiny.mp4", 64), ("raw.mp4", 288)):  # clips that were never prepared are refused
         with pytest.raises(InputError, match=f"{name}: {size}x{size} pixels, but mouth regions of .* tools.prepare"):
             load(write_media(tmp_path / name, size=size), "video")
 
 
-def test_a_corpus_is_checked_as_a_whole(tmp_path, monkeypatch, capsys):
+def test_a_corpus_is_checked_as_a_whole(tmp_path, capsys):
     for name in ("a", "b", "c"):
         write_media(tmp_path / f"{name}.mp4", size=64 if name == "b" else 96)
     rows = ["a,a.mp4,25,one", "b,b.mp4,25,three", "c,c.mp4,40,four", "a,a.mp4,25,again", "d,d.mp4,25, ", "e,e,1,x,y"]
     (tmp_path / "test.csv").write_text("\n".join(["", "id,path,frames,text", *rows]) + "\n")
-    monkeypatch.setattr(sys, "argv", ["data.py", str(tmp_path)])
     with pytest.raises(SystemExit, match="1|True"):
-        data.main()
+        command(data, tmp_path)
     faults = capsys.readouterr().out.splitlines()
     assert len(faults) == 6 and faults[-1] == "5 faults"
     messages = ("b.mp4: 64x64 pixels", "c.mp4: 1.", "'a' stands for several", ":7: empty", ":8: expected")
@@ -142,6 +140,7 @@ def test_augmentation_depends_on_the_epoch_and_the_clip():
     assert torch.equal(dataset[3, 0]["audio"], plain["audio"])  # a clean epoch, but cropped and flipped
     assert not torch.equal(dataset[3, 0]["video"], plain["video"])
     assert not torch.equal(make(None)[3, 1]["audio"], plain["audio"])  # masks only
+    assert any((dataset[3, epoch]["video"] == 0).flatten(1).all(1).any() for epoch in range(1, 6))
 
 
 def test_crops_flips_and_masks():
@@ -173,19 +172,6 @@ def test_synthetic_corpus_is_what_it_says():
 # --- batches and the order of a run ------------------------------------------------------------------------------
 
 
-def test_collate_pads_at_the_end():
-    clips, load = load_corpus("synthetic", "test")
-    dataset = ClipDataset(clips[:4], load, ("audio", "video"))
-    items = sorted((dataset[i] for i in range(4)), key=lambda item: len(item["video"]))
-    batch = collate(items)
-    longest = len(items[-1]["video"])
-    assert batch["video"].shape == (4, longest, 88, 88) and batch["video"].dtype == torch.uint8
-    assert batch["audio"].shape == (4, 640 * longest) and batch["texts"] == [item["text"] for item in items]
-    for modality in ("audio", "video"):
-        for item, row, length in zip(items, batch[modality], batch[f"{modality}_lengths"]):
-            assert torch.equal(row[:length], item[modality]) and not row[length:].any()
-
-
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_a_plan_loses_and_repeats_no_clip(world):
     frames, tokens = [10 + 7 * i % 90 for i in range(101)], [1 + i % 7 for i in range(101)]
@@ -198,9 +184,6 @@ def test_a_plan_loses_and_repeats_no_clip(world):
         assert all([step.last for step in own] == [False] * (len(own) - 1) + [True] for own in steps)
         for same in zip(*steps):  # the step in all processes
             assert all(batch for step in same for batch in step.batches)
-            total = sum(tokens[i] for step in same for batch in step.batches for i in batch)
-            for step in same:
-                assert step.weights == [world * sum(tokens[i] for i in batch) / total for batch in step.batches]
     longer = [b for step in plans[0] for b in step.batches if len(b) * max(frames[i] for i in b) > 300]
     assert len(longer) <= 2 * (world > 1)  # what is left for too few processes joins another batch
     assert [s.batches for s in plans[0] if s.epoch == 0] != [s.batches for s in plans[0] if s.epoch == 1]
@@ -222,3 +205,7 @@ def test_little_of_a_batch_is_padding(median, sigma, longest, world):
 def test_few_clips_for_many_processes_are_refused():
     with pytest.raises(InputError, match="3 clips cannot be shared by 4 processes"):
         pack([10, 10, 10], 300, world=4)
+
+
+def test_a_clip_longer_than_a_batch_is_one_by_itself():
+    assert pack([10, 900], 300) == [[0], [1]]

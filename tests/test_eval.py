@@ -7,13 +7,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from common import small_model
-from test_train import corpus, run  # noqa: F401
+from common import close, command, small_model
 
 import eval as eval_module
 from data import load_corpus
 from eval import evaluate, routing_statistics, word_error_rate
 from smop import SMoP
+from tools import prepare
 from tools.errors import InputError
 
 
@@ -25,23 +25,30 @@ def test_what_is_scored():
     """Case and the kind of white space never count, punctuation and Unicode's form only without --normalize."""
     rate = lambda *texts, **how: word_error_rate(*([text] for text in texts), **how)[0]  # noqa: E731
     assert rate("lay\u00a0blue\tat\n", "Lay  blue at") == 0
-    assert (
-        rate("well, caf\u00e9", "well cafe\u0301") == 100
-        and rate("well, caf\u00e9", "well cafe\u0301", normalize=True) == 0
-    )
+    pair = "well, caf\u00e9", "well cafe\u0301"
+    assert rate(*pair) == 100 and rate(*pair, normalize=True) == 0
     assert eval_module.count_errors(["", "a b"], ["one two", ""]) == [(2, 0), (2, 2)]  # a clip without speech
 
 
-def test_zero_db_is_an_snr():
+def test_snrs_are_parsed_or_refused():
     assert [eval_module.parse_snr(text) for text in ("clean", "0", "-2.5")] == [None, 0.0, -2.5]
     for text in ("loud", "nan", "101"):
         with pytest.raises(InputError, match="an SNR is clean or a number of dB"):
             eval_module.parse_snr(text)
 
 
-def test_babble_is_made_of_the_train_split(corpus, monkeypatch):  # noqa: F811
+def test_babble_is_made_of_the_train_split(corpus, monkeypatch):
     monkeypatch.setattr(eval_module, "make_babble", lambda clips, load: [clip.id for clip in clips])
     assert eval_module.load_noise(None, corpus) == [clip.id for clip in load_corpus(corpus, "train")[0]]
+
+
+def test_noise_may_come_from_a_file(tmp_path):
+    sound = np.sin(np.arange(16000)).astype(np.float32) / 2
+    for name, samples in (("hum", sound), ("silent", 0 * sound)):
+        prepare.write_audio(tmp_path / f"{name}.wav", samples)
+    close(eval_module.load_noise(tmp_path / "hum.wav", "nowhere"), sound, atol=1e-4)
+    with pytest.raises(InputError, match="silent.wav: silent, no noise"):
+        eval_module.load_noise(tmp_path / "silent.wav", "nowhere")
 
 
 def test_neither_batches_nor_order_nor_workers_change_a_hypothesis():
@@ -84,18 +91,19 @@ def test_routing_statistics():
     assert statistics["entropy"] == pytest.approx(-(p * p.log()).sum(-1).mean().item(), abs=1e-3)
 
 
-def test_model_of_unknown_training_is_evaluated(corpus, tmp_path):  # noqa: F811
+def test_model_of_unknown_training_is_evaluated(corpus, tmp_path):
     """As one of tools.published: there is no args.json."""
     small_model("asr").save(tmp_path)
-    assert "--data must say what to evaluate on" in run("eval.py", tmp_path, code=1)
-    run("eval.py", tmp_path, "--data", corpus, "--snr", "0", "--device", "cpu")
+    with pytest.raises(InputError, match="--data must say what to evaluate on"):
+        command(eval_module, tmp_path)
+    command(eval_module, tmp_path, "--data", corpus, "--snr", "0", "--device", "cpu")
     assert json.loads((tmp_path / "results.json").read_text())["clips"] == 4
-    assert "nowhere: no config.json" in run("eval.py", "nowhere", "--data", corpus, code=1)
     quiet = tmp_path / "quiet"
     shutil.copytree(corpus, quiet)
     manifest = quiet / "test.csv"
     manifest.write_text(manifest.read_text().rpartition(",")[0] + ",\n")
-    assert "test.csv:5: empty transcript" in run("eval.py", tmp_path, "--data", quiet, "--device", "cpu", code=1)
-    run("eval.py", tmp_path, "--data", quiet, "--allow-empty", "--normalize", "--device", "cpu")
+    with pytest.raises(InputError, match="test.csv:5: empty transcript"):
+        command(eval_module, tmp_path, "--data", quiet, "--device", "cpu")
+    command(eval_module, tmp_path, "--data", quiet, "--allow-empty", "--normalize", "--device", "cpu")
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["clips"] == 4 and results["scoring"] == "lower case, NFC, no punctuation"

@@ -17,6 +17,7 @@ from common import (
     ROOT,
     WHISPER,
     WORDS,
+    byte_level_tokenizer,
     close,
     small_batch,
     small_model,
@@ -25,18 +26,15 @@ from common import (
     write_whisper,
 )
 from safetensors.torch import load_file
-from tokenizers import ByteLevelBPETokenizer, processors
 from torch import nn
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     WhisperFeatureExtractor,
 )
 
-import synthetic
 from data import Clip, collate
 from model import MARKERS, PROMPTS, LlamaSMoP, Losses, add_lora
 from smop import MultimodalSMoP, load_balancing_loss, router_z_loss
@@ -139,21 +137,16 @@ def test_frozen_parts_stay_in_eval_mode():
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
-class Elsewhere:
-    """Lengths on another device."""
-
-    def __init__(self, lengths):
-        self.lengths = lengths
-
-    def cpu(self):
-        return self.lengths
-
-
-def test_batch_may_have_been_moved_as_a_whole():
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu():
+    """Frozen matrices are in bf16 there; the losses stay close. The batch may have been moved as a whole."""
     model, batch = small_model().eval(), collate(small_batch())
-    moved = {name: Elsewhere(x) if name.endswith("_lengths") else x for name, x in batch.items()}
-    assert torch.equal(model(moved).total, model(batch).total)
-    assert model.generate(moved, max_new_tokens=4) == model.generate(batch, max_new_tokens=4)
+    model.video_encoder.requires_grad_(False)
+    expected = model(batch).total
+    moved = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+    close(model.cuda()(moved).total.cpu(), expected, rtol=0.05)
+    assert model.video_encoder.proj.weight.dtype == torch.bfloat16
+    assert all(p.dtype == torch.float32 for p in model.cpu().parameters())
 
 
 def test_bf16(monkeypatch):
@@ -204,15 +197,6 @@ def test_what_is_no_whisper_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(WHISPER | {"model_type": "whisper", "decoder_attention_heads": 2}))
     with pytest.raises(InputError, match="not a Whisper encoder, it lacks .* more"):
         load_whisper(tmp_path)
-
-
-def byte_level_tokenizer(folder):
-    """As Llama-3 and SmolLM2: byte-level BPE which, asked for special tokens, puts BOS first."""
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(["lay blue at a one now"], 280, special_tokens=["<|begin|>", "<|end|>"])
-    tokenizer.post_processor = processors.TemplateProcessing("<|begin|> $A", special_tokens=[("<|begin|>", 0)])
-    special = {"bos_token": "<|begin|>", "eos_token": "<|end|>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
 TOKENIZERS = {
@@ -304,9 +288,6 @@ def test_save_and_load(tmp_path, task, projector):
     config, experts = ("DEDR", 1) if projector == "MLP" else (projector, 4)
     bare = MultimodalSMoP(dict.fromkeys(model.modalities, 32), 32, config, num_experts=experts, top_k=min(experts, 2))
     bare.load_state_dict(saved)  # the same names, each tensor once
-    x = torch.randn(5, 32)
-    for modality in model.modalities:
-        close(bare({modality: x})[0][modality], model.projector({modality: x})[0][modality])
 
 
 def test_trained_video_encoder_serves_another_run(tmp_path, monkeypatch):
@@ -424,13 +405,6 @@ def test_tokenizer_gives_back_every_character(tmp_path):
         assert one.decode(one("lay ξ blue", add_special_tokens=False).input_ids) == "lay <unk> blue"  # not nothing
     with pytest.raises(InputError, match="the transcripts hold '▅', which no sentencepiece model can learn"):
         train_tokenizer(["a ▅"])
-
-
-def test_tokens_of_the_synthetic_corpus_stay_as_they_were():
-    """Runs that were trained before must load."""
-    tokenizer = train_tokenizer([text for _, _, text in synthetic.corpus("train")])
-    assert len(tokenizer) == 138 and tokenizer.decode([7, 8]) == "moo"
-    assert tokenizer("me vat boat do", add_special_tokens=False).input_ids == [42, 60, 34, 47]
 
 
 def test_transcripts_that_a_tokenizer_alters_are_found(tmp_path):

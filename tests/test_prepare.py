@@ -2,14 +2,12 @@
 
 import csv
 import math
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from common import GOLDEN, ROOT, SHARED, needs_shared
+from common import GOLDEN, SHARED, needs_shared, run, write_picture
 
 from data import load_media, read_manifest
 from tools import prepare
@@ -124,13 +122,10 @@ def test_transcripts(tmp_path, content, expected):
 
 
 def test_folders_of_splits(tmp_path):
-    write_files(
-        tmp_path, {f"train/{name}": "" for name in ("a.mp4", "b.MOV", "c.mkv", "c.mp4", "c.wav", "d.flac", "e.flv")}
-    )
-    write_files(tmp_path, {f"train/{name}.txt": name.upper() for name in "abc"})
-    write_files(
-        tmp_path, {"val/x/a.webm": "", "val/x/a.txt": "V", "extra/a.mp4": "", "top.mp4": "", "test/._a.mp4": ""}
-    )
+    names = ("train/a.mp4 train/b.MOV train/c.mkv train/c.mp4 train/c.wav train/d.flac train/e.flv val/x/a.webm "
+             "extra/a.mp4 top.mp4 test/._a.mp4").split()  # fmt: skip
+    write_files(tmp_path, dict.fromkeys(names, "") | {f"train/{name}.txt": name.upper() for name in "abc"})
+    write_files(tmp_path, {"val/x/a.txt": "V"})
     corpus = find_clips(tmp_path)
     assert found(corpus) == {("train", "a"): "a", ("train", "b"): "b", ("train", "c"): "c", ("valid", "x/a"): "v"}
     assert [failure[:2] for failure in corpus.failures] == [("train", "c")] and "the same id" in corpus.failures[0][2]
@@ -145,34 +140,26 @@ def test_manifests_are_lower_case_and_val_is_valid(tmp_path):
     assert found(corpus) == {("valid", "a"): "hello world"} and "more.csv" in corpus.skipped[0]
 
 
-def test_lrs2(tmp_path):
+def test_lrs2_follows_its_lists(tmp_path):
     names = ["1/00001", "1/00002", "2/00001", "2/00002", "3/00001"]
-    write_files(
-        tmp_path, {f"main/{name}.mp4": "" for name in names} | {f"main/{name}.txt": "Text:  HI" for name in names}
-    )
-    write_files(
-        tmp_path, {"pretrain/1/00001.mp4": "", "pretrain/1/00001.txt": "Text:  HI", "pretrain.txt": "1/00001\n"}
-    )
+    places = [*(f"main/{name}" for name in names), "pretrain/1/00001"]
+    for place in places:
+        write_files(tmp_path, {f"{place}.mp4": "", f"{place}.txt": "Text:  HI"})
+    write_files(tmp_path, {"pretrain.txt": "1/00001\n"})
     lists = {"train.txt": "1/00001\r\n1/00002\r\n9/00001\r\n", "val.txt": "2/00001\r\n", "test.txt": "2/00002 MV\r\n"}
     write_files(tmp_path, lists)
     corpus = find_clips(tmp_path)
-    assert list(found(corpus)) == [
-        ("train", "1/00001"),
-        ("train", "1/00002"),
-        ("valid", "2/00001"),
-        ("test", "2/00002"),
-    ]
+    splits = {"1/00001": "train", "1/00002": "train", "2/00001": "valid", "2/00002": "test"}
+    assert list(found(corpus)) == [(split, name) for name, split in splits.items()]
     assert [failure[:2] for failure in corpus.failures] == [("train", "9/00001")]
-    assert ["1 files in pretrain/" in said or "1 files that no list names" in said for said in corpus.skipped] == [
-        True
-    ] * 2
+    first, second = sorted(corpus.skipped)
+    assert "1 files in pretrain/" in first and "1 files that no list names" in second
 
 
-def test_lrs3(tmp_path):
+def test_lrs3_keeps_a_speaker_in_one_split(tmp_path):
     names = [f"{speaker}/0000{number}" for speaker in range(200) for number in (1, 2)]
-    write_files(
-        tmp_path, {f"trainval/{name}.mp4": "" for name in names} | {f"trainval/{name}.txt": "HI" for name in names}
-    )
+    for name in names:
+        write_files(tmp_path, {f"trainval/{name}.mp4": "", f"trainval/{name}.txt": "HI"})
     write_files(tmp_path, {"test/7/00001.mp4": "", "test/7/00001.txt": "HI", "pretrain/7/00001.mp4": ""})
     corpus = find_clips(tmp_path)
     splits = {split: {name for s, name in found(corpus) if s == split} for split in ("train", "valid", "test")}
@@ -239,8 +226,7 @@ def test_no_corpus_is_said(tmp_path):
 def write_clip(path, picture, sound, text="hello"):
     """A clip of mouths with its sound and transcript beside it, both given in seconds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    level = np.linspace(40, 200, round(25 * picture)).astype(np.uint8)
-    prepare.write_video(path, np.broadcast_to(level[:, None, None], (len(level), 96, 96)))
+    write_picture(path, picture)
     prepare.write_audio(path.with_suffix(".wav"), 0.1 * np.sin(np.arange(round(16000 * sound))))
     path.with_suffix(".txt").write_text(text)
 
@@ -319,17 +305,11 @@ def test_real_faces(tmp_path):
     write_clip(raw / "s1" / "bbaf2n.mp4", 1, 1)  # a brightening square
     (raw / "s1" / "pgak2n.mp4").symlink_to(SHARED / "grid" / "video" / "pgak2n.mp4")
 
-    def run(*arguments):
-        command = [sys.executable, "-m", "tools.prepare", "--grid", raw, out, "--workers", "1", *arguments]
-        done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, capture_output=True
-        )
-        return done.returncode, done.stdout + done.stderr
-
-    code, printed = run()
-    assert code == 1 and "Traceback" not in printed and "1 clips prepared, 1 failed, " in printed
+    line = ("-m", "tools.prepare", "--grid", raw, out, "--workers", 1)
+    printed = run(*line, code=1)
+    assert "Traceback" not in printed and "1 clips prepared, 1 failed" in printed
     assert "bbaf2n.mp4: no face in any of 25 frames; is it a mouth region already?" in printed
-    assert run("--allow-failures", "1")[0] == 0
+    run(*line, "--allow-failures", 1)
     assert (out / "test.csv").read_text().endswith("s1/pgak2n,clips/test/s1/pgak2n.mp4,75,place green at k two now\n")
     clip = out / "clips" / "test" / "s1" / "pgak2n.mp4"
     mouths = load_video(clip).astype(int)

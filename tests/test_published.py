@@ -3,28 +3,24 @@
 That what was read computes the authors' numbers is in test_parity.py.
 """
 
-import sys
-
 import pytest
 import torch
-from common import WORDS, Touch, close, small_batch, write_llama, write_published, write_tokenizer, write_whisper
+from common import WORDS, close, command, small_batch, write_llama, write_tokenizer, write_whisper
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data import collate
 from model import LlamaSMoP
 from tools import published
-from tools.errors import InputError, run_command
+from tools.errors import InputError
 from tools.published import load_published
 
 TEXTS = ("w1 w2", "w3", "w4")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("published")
-    write_published(folder)
-    return folder
+def folder(published_folder):
+    return published_folder
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +58,6 @@ def test_run_folder_names_frozen_parts_and_holds_the_rest(folder, tmp_path):
     assert all(name.endswith(statistics) for name in names if name.startswith("video"))
     model.train()
     assert model.training and not model.audio_encoder.training and not model.video_encoder.training
-    frozen = [p for part in (model.audio_encoder, model.video_encoder) for p in part.parameters()]
-    assert not any(p.requires_grad for p in frozen)
 
 
 @pytest.mark.parametrize("modalities", [("audio", "video"), ("audio",), ("video",)])
@@ -122,14 +116,12 @@ def test_what_does_not_fit_is_named(folder, weights, tmp_path):
         "audio_encoder.conv2.bias: the model has .* the file None": {"audio_encoder.conv2.bias": None},
         "experts.joint.3.*: the model has None": {"audiovisual_proj.gate.weight": torch.ones(3, 64)},
         "a flat file .* got": {"audiovisual_proj.gate.weight": None, "audiovisual_proj.experts.0.0.weight": None},
-        "refused.*open": {"llm.evil": Touch(tmp_path / "ran")},
     }
     for message, change in wrong.items():
         state = {name: x for name, x in (weights | change).items() if x is not None}
         torch.save(state, tmp_path / "wrong.pth")
         with pytest.raises(InputError, match=f"wrong.pth: .*{message}"):
             load(folder, tmp_path / "wrong.pth")
-    assert not (tmp_path / "ran").exists()
     for content, got in (({"state_dict": weights}, "state_dict"), ([1], "list"), ({1: torch.ones(1)}, "1")):
         torch.save(content, tmp_path / "wrong.pth")
         with pytest.raises(InputError, match=f"wrong.pth: a flat file .* got {got}"):
@@ -142,25 +134,14 @@ def test_what_does_not_fit_is_named(folder, weights, tmp_path):
             load(folder, tmp_path / f"{name}.safetensors")
 
 
-def test_command_writes_a_run_folder(folder, tmp_path, monkeypatch):
-    def run(*extra):
-        parts = (
-            "--llm",
-            folder / "llm",
-            "--audio-encoder",
-            folder / "whisper",
-            "--video-encoder",
-            folder / "avhubert.pt",
-        )
-        line = [folder / "model.pth", tmp_path / "run", *parts, "--lora-scale", 0.25, *extra]
-        monkeypatch.setattr(sys, "argv", ["published.py", *map(str, line)])
-        run_command(published.main)
-
-    with pytest.raises(SystemExit, match="error: .*model.pth: with top-1"):
-        run("--top-k", 1)
+def test_command_writes_a_run_folder(folder, tmp_path):
+    parts = ("--llm", folder / "llm", "--audio-encoder", folder / "whisper", "--video-encoder", folder / "avhubert.pt")
+    line = (published, folder / "model.pth", tmp_path / "run", *parts, "--lora-scale", 0.25)
+    with pytest.raises(InputError, match="model.pth: with top-1"):
+        command(*line, "--top-k", 1)
     assert not (tmp_path / "run").exists()
-    run("--prompt", "w1 w2")
+    command(*line, "--prompt", "w1 w2")
     batch = collate(small_batch(texts=TEXTS))
     close(LlamaSMoP.load(tmp_path / "run")(batch).total, load(folder, prompt="w1 w2")(batch).total)
-    with pytest.raises(SystemExit, match="error: .*run: exists; a new folder is expected"):
-        run()
+    with pytest.raises(InputError, match="run: exists; a new folder is expected"):
+        command(*line)

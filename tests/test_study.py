@@ -1,13 +1,12 @@
-"""The study: its costs compare equal things, its verdicts are those of the runs, and a stopped study continues."""
+"""The study: its costs compare equal things, its tables and verdicts follow from the runs, and it continues; the README."""
 
 import json
 import re
-import subprocess
 import sys
 
 import pytest
 import torch
-from common import LLM, ROOT, small_model
+from common import LLM, ROOT, command, run, small_model
 from safetensors.torch import load_file
 
 import synthetic
@@ -52,6 +51,14 @@ def test_a_difference_is_paired_over_clips():
     assert claims.difference({0: gain}, {0: hard}, ["clean", "0"])["verdict"] == "open"  # a seed may be luck
     once = claims.difference({0: gain, 1: hard, 2: hard}, hards, ["clean", "0"])  # in one seed of three
     assert once["points"] < 0 and once["verdict"] == "not shown"
+
+
+def test_readme_example_runs():
+    """The block under "Copy the projector"."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = {}
+    exec(block, names)
+    assert names["y"]["audio"].shape == (2, 50, 2048) and names["loss"].isfinite()
 
 
 def read_arguments(monkeypatch, line):
@@ -109,18 +116,14 @@ def test_study_goes_on_and_refuses_changed_runs(monkeypatch, tmp_path):
         monkeypatch.setitem(synthetic.SIZES, split, count)
     small_model().save(tmp_path / "encoders")
     encoders = f"--audio-encoder {tmp_path}/encoders --video-encoder {tmp_path}/encoders"
-    monkeypatch.setattr(sys, "argv", f"encode synthetic {tmp_path}/tiny {encoders} --copies 1 --workers 0".split())
-    encode.main()
+    command(encode, *f"synthetic {tmp_path}/tiny {encoders} --copies 1 --workers 0".split())
     (tmp_path / "tiny" / "others.csv").write_text((tmp_path / "tiny" / "test.csv").read_text())
 
-    def study(*extra, ok=True):
+    def study(*extra, code=0):
         line = f"--seeds 1 --claims data --data {tmp_path}/tiny --runs {tmp_path}/runs"
         words = ["-m", "study.reproduce", *line.split(), "--out", tmp_path / "out", "--", "--llm", json.dumps(LLM)]
         words += "--epochs 2 --clean-epochs 1 --max-frames 200 --device cpu".split()
-        command = [sys.executable, *words, *extra]
-        done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=600)
-        assert (done.returncode == 0) == ok, done.stdout + done.stderr
-        return done.stdout + done.stderr
+        return run(*words, *extra, code=code)
 
     assert "0 runs are finished, 6 to train" in study()
     runs = tmp_path / "runs" / "tiny"
@@ -136,5 +139,5 @@ def test_study_goes_on_and_refuses_changed_runs(monkeypatch, tmp_path):
     (dedr / "results.json").unlink()  # as if it had been killed
     assert "5 runs are finished, 1 to train" in study()
     assert json.loads((dedr / "results.json").read_text())["wer"] == results["wer"]
-    printed = study("--prompt", "now", ok=False)
+    printed = study("--prompt", "now", code=1)
     assert "s0: trained with another --prompt; delete it" in printed and "Traceback" not in printed

@@ -1,13 +1,11 @@
 """tools/transcribe.py: long clips are cut at pauses, good clips become text, bad ones are refused by name."""
 
 import json
-import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
-from common import ROOT, SHARED, needs_shared, small_model
+from common import SHARED, command, needs_shared, small_model, write_picture
 
 from data import collate, crop_video, transform_audio
 from model import LlamaSMoP
@@ -18,28 +16,21 @@ from tools.media import load_audio, load_video, video_frames
 TALK = SHARED / "grid" / "video" / "pgak2n.mp4"
 
 
-def speech(seconds, pauses=(), rng=np.random.default_rng(0)):
+def speech(seconds, pauses=()):
     """Noise with silent stretches (start, end) in seconds."""
-    audio = rng.normal(0, 0.1, round(seconds * 16000)).astype(np.float32)
+    audio = np.random.default_rng(0).normal(0, 0.1, round(seconds * 16000)).astype(np.float32)
     for start, end in pauses:
         audio[round(start * 16000) : round(end * 16000)] = 0
     return audio
 
 
-def write_picture(path, seconds, size=96):
-    level = np.linspace(40, 200, round(25 * seconds)).astype(np.uint8)
-    prepare.write_video(path, np.broadcast_to(level[:, None, None], (len(level), size, size)))
-    return path
-
-
-def transcribe_clips(*arguments):
-    """(exit status, what was printed, the lines that are JSON) of the command as a user runs it."""
-    command = [sys.executable, "-m", "tools.transcribe", *map(str, arguments), "--device", "cpu"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=600)
-    assert "Traceback" not in done.stderr, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return done.returncode, done.stdout + done.stderr, lines
+def transcribe_clips(capsys, *arguments):
+    """(exit status, what the command printed, the lines that are JSON)."""
+    with pytest.raises(SystemExit) as end:
+        command(transcribe, *arguments, "--device", "cpu")
+    printed = capsys.readouterr()
+    lines = [json.loads(line) for line in printed.out.splitlines() if line.startswith("{")]
+    return end.value.code, printed.out + printed.err, lines
 
 
 def test_long_clips_are_cut_at_pauses():
@@ -78,26 +69,22 @@ def test_long_clip_is_its_pieces(tmp_path, monkeypatch):
         transcribe.transcribe(model, clip)
 
 
-def test_good_and_bad_clips(tmp_path):
+def test_good_and_bad_clips(tmp_path, capsys):
     small_model("asr").save(tmp_path / "run")
     write_picture(tmp_path / "mute.mp4", 1)
     prepare.write_audio(tmp_path / "silent.wav", np.zeros(16000))
     (tmp_path / "text.mp4").write_text("no media")
     write_picture(tmp_path / "good.mp4", 1)
     prepare.write_audio(tmp_path / "good.wav", speech(1))  # beside a video without sound: heard
-    faults = {
-        "mute.mp4": "no audio track",
-        "silent.wav": "silent, no sound",
-        "text.mp4": "not a readable",
-        "none.mp4": "no such file",
-    }
+    faults = {"mute.mp4": "no audio track", "silent.wav": "silent, no sound"}
+    faults |= {"text.mp4": "not a readable", "none.mp4": "no such file"}
     clips = [tmp_path / name for name in (*faults, "good.mp4")]
-    code, printed, lines = transcribe_clips(tmp_path / "run", *clips, "--json")
+    code, printed, lines = transcribe_clips(capsys, tmp_path / "run", *clips, "--json")
     assert code == 1 and [line["clip"] for line in lines] == list(map(str, clips))
     for line, message in zip(lines, faults.values()):
         assert f"{line['clip']}: {message}" in line["error"] and f"error: {line['error']}" in printed
     assert lines[-1].keys() == {"clip", "text", "segments"} and lines[-1]["segments"][0]["end"] == 1
-    code, printed, _ = transcribe_clips(tmp_path / "run", clips[-1])
+    code, printed, _ = transcribe_clips(capsys, tmp_path / "run", clips[-1])
     assert code == 0 and f"{clips[-1]}\t{lines[-1]['text']}\n" in printed
 
 
@@ -110,7 +97,7 @@ def test_our_own_faults_keep_their_traceback(tmp_path, monkeypatch):
 
 
 @needs_shared
-def test_the_mouth_is_found(tmp_path):
+def test_the_mouth_is_found(tmp_path, capsys):
     pytest.importorskip("dlib", reason="dlib is not installed: pip install -r requirements-extra.txt")
     small_model("vsr").save(tmp_path / "run")
     prepare.write_sheet(tmp_path / "still.png", [next(video_frames(TALK))], columns=1)
@@ -118,7 +105,7 @@ def test_the_mouth_is_found(tmp_path):
     write_picture(tmp_path / "faceless.mp4", 1, size=256)
     write_picture(tmp_path / "mouth.mp4", 1)
     clips = [TALK, *(tmp_path / name for name in ("still.png", "frame.mp4", "faceless.mp4", "mouth.mp4"))]
-    code, printed, lines = transcribe_clips(tmp_path / "run", *clips, "--json")
+    code, printed, lines = transcribe_clips(capsys, tmp_path / "run", *clips, "--json")
     assert code == 1 and lines[0]["text"] and lines[0]["segments"][0]["end"] == 3
     messages = ["a still picture", "a still picture, or one frame", *["no face in any of 25 frames"] * 2]
     for line, message in zip(lines[1:], messages):
