@@ -6,13 +6,14 @@ import sys
 
 import pytest
 import torch
-from common import LLM, ROOT, command, run, small_model
+from common import LLM, ROOT, command, small_model
 from safetensors.torch import load_file
 
 import synthetic
 from data import ClipDataset, collate, load_corpus
 from study import bench, claims, page, reproduce
 from tools import encode
+from tools.errors import InputError
 
 
 @pytest.mark.parametrize("num_beams", [1, 4])
@@ -76,12 +77,13 @@ def test_readme_counts_the_runs(monkeypatch):
 
 def test_tables_and_pictures_are_of_the_runs(monkeypatch, tmp_path):
     """Three seeds: the MLP misses every second word, the mixtures every fourth; on other talkers all miss all."""
-    args = read_arguments(monkeypatch, f"--data {tmp_path}/grid --seeds 3 --runs {tmp_path} --out {tmp_path}/out")
+    args = read_arguments(monkeypatch, f"--data {tmp_path}/grid --seeds 3 --runs {tmp_path}/runs --out {tmp_path}/out")
     (tmp_path / "grid").mkdir()
     rows = "".join(f"clip{i},train/000,75,bin blue at f\n" for i in range(20))
     (tmp_path / "grid" / "train.csv").write_text("id,path,frames,text\n" + rows)
     for share in (0.25, 0.5):
         reproduce.make_share(share, args)
+        assert len(load_corpus(reproduce.share_folder(share, args), "train")[0]) == 20 * share
     runs = reproduce.runs_of(args)
     for (cell, seed), folder in runs.items():
         hypothesis, wer = ("bin blue", 50.0) if cell.projector == "mlp" else ("bin blue at", 25.0)
@@ -109,9 +111,8 @@ def test_tables_and_pictures_are_of_the_runs(monkeypatch, tmp_path):
     assert len(list((tmp_path / "out").glob("grid-*.png"))) == 6
 
 
-@pytest.mark.slow
-def test_study_goes_on_and_refuses_changed_runs(monkeypatch, tmp_path):
-    """The data's cells on features of a few clips, evaluated on the same clips as others."""
+def test_study_goes_on_and_refuses_changed_runs(monkeypatch, tmp_path, capsys):
+    """Four cells on features of a few clips, evaluated on the same clips as others."""
     for split, count in (("train", 8), ("valid", 2), ("test", 4)):
         monkeypatch.setitem(synthetic.SIZES, split, count)
     small_model().save(tmp_path / "encoders")
@@ -119,16 +120,14 @@ def test_study_goes_on_and_refuses_changed_runs(monkeypatch, tmp_path):
     command(encode, *f"synthetic {tmp_path}/tiny {encoders} --copies 1 --workers 0".split())
     (tmp_path / "tiny" / "others.csv").write_text((tmp_path / "tiny" / "test.csv").read_text())
 
-    def study(*extra, code=0):
-        line = f"--seeds 1 --claims data --data {tmp_path}/tiny --runs {tmp_path}/runs"
-        words = ["-m", "study.reproduce", *line.split(), "--out", tmp_path / "out", "--", "--llm", json.dumps(LLM)]
-        words += "--epochs 2 --clean-epochs 1 --max-frames 200 --device cpu".split()
-        return run(*words, *extra, code=code)
+    def study(*extra):
+        line = f"--seeds 1 --claims usage --data {tmp_path}/tiny --runs {tmp_path}/runs --out {tmp_path}/out -- "
+        line += "--epochs 2 --clean-epochs 1 --max-frames 200 --device cpu"
+        command(reproduce, *line.split(), "--llm", json.dumps(LLM), *extra)
+        return capsys.readouterr().out
 
-    assert "0 runs are finished, 6 to train" in study()
-    runs = tmp_path / "runs" / "tiny"
-    assert [len(load_corpus(runs / f"share-{share}", "train")[0]) for share in ("0.25", "0.5")] == [2, 4]
-    dedr = runs / "avsr-dedr-e4-k2-small-s0"
+    assert "0 runs are finished, 4 to train" in study()
+    dedr = tmp_path / "runs" / "tiny" / "avsr-dedr-e4-k2-small-s0"
     results = json.loads((dedr / "results.json").read_text())
     assert json.loads((dedr / "others" / "results.json").read_text())["wer"] == results["wer"]
     weights = load_file(dedr / "model.safetensors")
@@ -137,7 +136,7 @@ def test_study_goes_on_and_refuses_changed_runs(monkeypatch, tmp_path):
     sizes["active"] = count("projector.gates.audio.") + 2 * count("projector.experts.audio.3.")
     assert json.loads((dedr / "sizes.json").read_text()) == sizes
     (dedr / "results.json").unlink()  # as if it had been killed
-    assert "5 runs are finished, 1 to train" in study()
+    assert "3 runs are finished, 1 to train" in study()
     assert json.loads((dedr / "results.json").read_text())["wer"] == results["wer"]
-    printed = study("--prompt", "now", code=1)
-    assert "s0: trained with another --prompt; delete it" in printed and "Traceback" not in printed
+    with pytest.raises(InputError, match="s0: trained with another --prompt; delete it"):
+        study("--prompt", "now")

@@ -338,7 +338,7 @@ def test_a_new_run_leaves_nothing_of_the_old_one(tmp_path):
     runs.RunFolder(tmp_path).begin({"out": "a"}, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"args.json", "lock"}
     (tmp_path / "checkpoint.pt").write_text("new")
-    runs.RunFolder(tmp_path).begin({"out": "./a"})  # the same folder, spelt otherwise
+    runs.RunFolder(tmp_path).begin({"out": "./a", "device": "cpu"})  # the same folder, on another machine
     with pytest.raises(InputError, match="an interrupted run with other arguments .lr None, now 2"):
         runs.RunFolder(tmp_path).begin({"out": "a", "lr": 2})
 

@@ -62,7 +62,7 @@ class RunFolder:
             other = [
                 f"{name} {old.get(name)}, now {args.get(name)}"
                 for name in old | args
-                if name not in ("out", "workers") and old.get(name) != args.get(name)
+                if name not in ("out", "workers", "device") and old.get(name) != args.get(name)
             ]
             if other:
                 raise InputError(
