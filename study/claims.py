@@ -1,7 +1,7 @@
 """The paper's claims: what is compared for each, the numbers of the finished runs, and the verdicts.
 
 `reproduce.py` trains the runs, `page.py` shows what is found here. A cell is a model of the study; with a seed it is a run
-of train.py. `decode_times` and `expert_usage` give what a claim needs besides WERs: columns {header: {cell: text}} and
+of train.py. `more_experts` and `expert_usage` give what a claim needs besides WERs: columns {header: {cell: text}} and
 verdicts, a sentence each. `done` is {cell: {seed: Run}}.
 """
 
@@ -18,6 +18,7 @@ import torch
 from data import OTHERS, ClipDataset, collate, load_corpus
 from eval import bootstrap, count_errors
 from model import LlamaSMoP
+from tools.run import write_atomically
 
 SNRS, NOISY, MAIN = "clean 5 2.5 0 -2.5 -5".split(), "5 2.5 0 -2.5 -5".split(), "clean 0 -5".split()
 LEAST_SEEDS = 3  # for a verdict on a difference of WER: a seed may be luck
@@ -73,7 +74,7 @@ def claims_of(args):
             NOISY,
         ),
         "usage": Claim(
-            "The paper: all experts are used, by each modality in its own way.",
+            "The paper: all experts are used.",
             [dedr, unbalanced, jedr, jejr],
             [(dedr, unbalanced)],
         ),
@@ -110,7 +111,8 @@ class Run(NamedTuple):
 def cached(file, measure):
     """What `measure` gives, kept in the run's folder, so that tables can be made without the weights."""
     if not file.is_file():
-        file.write_text(json.dumps(measure()) + "\n")
+        text = json.dumps(measure()) + "\n"
+        write_atomically(file, lambda path: path.write_text(text))
     return json.loads(file.read_text())
 
 
@@ -201,27 +203,33 @@ def decode_ratios(mlp, cell, data, rounds=9):
 # --- claims with more than WERs ----------------------------------------------------------------------------------
 
 
-def decode_times(done, claim, args):
-    texts, verdicts = {}, []
+def rarest(done, cell):
+    """The share (%) of a modality's tokens that the rarest expert gets, for each seed."""
+    routings = [run.results["routing"].values() for run in done[cell].values()]
+    return [100 * min(share for routing in seed for share in routing["usage"]) for seed in routings]
+
+
+def more_experts(done, claim, args):
+    times, shares, verdicts = {}, {}, []
     mlp, *mixtures = claim.cells
     for cell in mixtures:
         folders = [done[c][0].folder for c in (mlp, cell)]
         r = cached(folders[1] / "decode.json", lambda: decode_ratios(*folders, args.data))
-        texts[cell] = f"{statistics.median(r):.2f} [{r[1]:.2f}, {r[-2]:.2f}]"
+        times[cell] = f"{statistics.median(r):.2f} [{r[1]:.2f}, {r[-2]:.2f}]"
+        shares[cell] = ", ".join(f"{share:.1f}" for share in rarest(done, cell))
         verdict = "shown" if r[-2] <= 1.1 else "opposite" if r[1] > 1.1 else "not shown"
-        verdicts.append(f"{cell} decodes in at most 1.1 times the MLP's time: {texts[cell]}: **{verdict}**")
-    return {"decode time": texts}, verdicts
+        verdicts.append(f"{cell} decodes in at most 1.1 times the MLP's time: {times[cell]}: **{verdict}**")
+    return {"decode time": times, "tokens (%) of the rarest expert, by seed": shares}, verdicts
 
 
 def expert_usage(done, claim, args):
     columns, verdicts = {}, []
     for cell in claim.cells:
-        routings, even = [run.results["routing"] for run in done[cell].values()], 100 * cell.top_k / cell.num_experts
-        for name, routing in routings[0].items():
+        for name, routing in done[cell][0].results["routing"].items():
             usage = ", ".join(f"{100 * share:.0f}" for share in routing["usage"])
             columns.setdefault(f"{name}: tokens (%) by expert, seed 0", {})[cell] = usage
-        rarest = 100 * min(share for seed in routings for routing in seed.values() for share in routing["usage"])
-        text = f"{cell}: in each modality and seed, each expert is chosen by {even / 4:g} % of the tokens (a quarter "
-        text += f"of an even share) or more; the rarest by {rarest:.1f} %"
-        verdicts.append(f"{text}: **{'shown' if rarest >= even / 4 else 'not shown'}**")
+        shares, least = rarest(done, cell), 100 * cell.top_k / cell.num_experts / 4
+        text = f"{cell}: in each modality and seed, each expert gets {least:g} % of the tokens (a quarter of an even share) "
+        text += f"or more; the rarest, by seed, {', '.join(f'{share:.1f}' for share in shares)} %"
+        verdicts.append(f"{text}: **{'shown' if min(shares) >= least else 'not shown'}**")
     return columns, verdicts

@@ -10,7 +10,7 @@ import statistics
 import matplotlib.pyplot as plt
 
 from data import OTHERS, load_corpus
-from study.claims import SNRS, claims_of, compare, decode_times, expert_usage, read_run, spread, wers
+from study.claims import SNRS, claims_of, compare, expert_usage, more_experts, read_run, spread, wers
 
 COLOURS = {"mlp": "0.6", "jejr": "C4", "jedr": "C6", "dedr": "C2", "dense": "C9", "top-1": "#98df8a", "top-2": "C2"}
 COLOURS |= {"audio": "C0", "video": "C1"}
@@ -38,7 +38,7 @@ def noise_panels(done, claim):
 def usage_panels(done, claim):
     panels = {}
     for cell in claim.cells:
-        title = cell.projector.upper() + ("" if cell.balance else ", no balancing") + ": tokens (%) by expert"
+        title = cell.projector.upper() + ("" if cell.balance else ", no balancing") + ", seed 0: tokens (%) by expert"
         routing = done[cell][0].results["routing"]
         series = [(modality, [[100 * share] for share in r["usage"]]) for modality, r in routing.items()]
         panels[title] = range(1, 1 + cell.num_experts), series
@@ -66,7 +66,7 @@ def line_panels(done, claim, lines, x, by):
 
 
 PANELS = {"noise": noise_panels, "usage": usage_panels, "experts": experts_panels, "data": data_panels}
-MEASURES = {"usage": expert_usage, "experts": decode_times}
+MEASURES = {"usage": expert_usage, "experts": more_experts}
 
 
 def draw(panels, lines):

@@ -25,12 +25,12 @@ from tools.features import FACTS, is_features
 from tools.run import write_atomically
 from train import SMALL_LLM, flag, parse_args
 
-HERE = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 TINY_LLM = SMALL_LLM | {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "initializer_range": 0.12}
 SCRATCH = {"tiny": json.dumps(TINY_LLM), "small": None}  # --llm of train.py (None: its default), small ones first
-# Chosen on the valid split, see study/README.md.
+# From scratch; chosen on the valid split of GRID.
 RECIPE = {"epochs": 12, "clean_epochs": 2, "max_frames": 900, "lr": 1e-3}
-PUBLISHED = {"epochs": 10, "clean_epochs": 0}  # with a pretrained LLM; so are train.py's other defaults
+PUBLISHED = {"epochs": 10, "clean_epochs": 0}  # with a pretrained LLM
 
 
 def runs_of(args):
@@ -78,20 +78,21 @@ def check(run, folder, args):
     if (folder / "args.json").is_file():
         found = json.loads((folder / "args.json").read_text())
         asked = dataclasses.asdict(parse_args(arguments(*run, args))[0])
-        names = asked.keys() - {"out", "device", "workers"}  # these change no result that counts
-        if other := [flag(name) for name in names if found.get(name) != asked[name]]:
+        for name in ("out", "device", "workers"):  # change no result that counts
+            del asked[name]
+        if other := [flag(name) for name in asked if found.get(name) != asked[name]]:
             raise InputError(f"{folder}: trained with another --{', --'.join(other)}; delete it or give another --runs")
 
 
 def next_command(run, folder, args):
     """What is left to do of a run: train it, then evaluate it on the other talkers; None if it is finished."""
     if not (folder / "results.json").is_file():
-        return [HERE / "train.py", *arguments(*run, args), "--out", folder]
+        return [ROOT / "train.py", *arguments(*run, args), "--out", folder]
     if (Path(args.data) / f"{OTHERS}.csv").is_file() and not (folder / OTHERS / "results.json").is_file():
         snrs = ["clean"] if run[0].task == "vsr" else SNRS
         trained = json.loads((folder / "args.json").read_text())
         same = flags({"num_beams": trained["num_beams"], "device": trained["device"], "out": folder / OTHERS})
-        return [HERE / "eval.py", folder, "--split", OTHERS, "--snr", *snrs, *same]
+        return [ROOT / "eval.py", folder, "--split", OTHERS, "--snr", *snrs, *same]
 
 
 def finish(run, folder, args):
@@ -126,12 +127,12 @@ def read_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", required=True, help="folder of tools/encode.py")
-    add("--claims", nargs="+", choices=CLAIMS, default=list(CLAIMS), help="which to check (default: all)")
-    add("--seeds", type=int, default=5, help="runs of each cell; a verdict needs 3 (default: 5)")
+    add("--claims", nargs="+", choices=CLAIMS, default=CLAIMS, help="which to check (default: all)")
+    add("--seeds", type=int, default=5, help="runs of each cell; a verdict on WERs needs 3 (default: 5)")
     add("--llm", help="hub name or folder of a Llama for LoRA (default: a small one from scratch)")
     add("--jobs", type=int, default=2, help="runs side by side (default: 2)")
     add("--runs", type=Path, default=Path("runs/study"), help="folder of the runs (default: runs/study)")
-    add("--out", type=Path, default=HERE / "study" / "results", help="folder of the tables (default: study/results)")
+    add("--out", type=Path, default=ROOT / "study" / "results", help="folder of the tables (default: study/results)")
     add("extra", nargs="*", help="after --: arguments for every train.py")
     args = parser.parse_args()
     args.llms = SCRATCH | ({Path(args.llm).name: args.llm} if args.llm else {})  # the last one is that of all claims
