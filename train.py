@@ -61,6 +61,7 @@ SMALL_AVHUBERT = {
 # Defaults of what is not given. From scratch, the published rates, or noise from the start, leave a model on a plateau.
 FROM_SCRATCH = {"epochs": 6, "clean_epochs": 3, "max_frames": 320, "lr": 4e-4}
 PUBLISHED = {"epochs": 10, "clean_epochs": 0, "max_frames": 1500, "lr": 1e-3}  # with a pretrained LLM; lr 5e-4 for vsr
+POOLS = {"audio_pool": 4, "video_pool": 2}
 
 COLLAPSE_SHARE = 0.95  # of a router's choices that go to its top_k busiest experts
 
@@ -88,8 +89,8 @@ class Args:
     video_encoder: str = arg(
         json.dumps(SMALL_AVHUBERT), "AV-HuBERT file or run folder (frozen), or JSON of AVHubertEncoder's arguments"
     )
-    audio_pool: int = arg(4, "audio frames averaged into a token")
-    video_pool: int = arg(2, "video frames averaged into a token")
+    audio_pool: int | None = arg(None, "audio frames averaged into a token (default: 4)")
+    video_pool: int | None = arg(None, "video frames averaged into a token (default: 2)")
     audio_window: str | None = arg(None, "what Whisper hears: 30s or clip (default: 30s if pretrained, else clip)")
     lora_rank: int | None = arg(None, "rank of LoRA (default: a 32nd of the LLM's width)")
     lora_scale: float = arg(0.125, "factor of LoRA's update")
@@ -120,8 +121,10 @@ class Args:
     device: str = arg("cuda" if torch.cuda.is_available() else "cpu", "any of torch's: cpu, cuda, cuda:1, mps")
 
     def __post_init__(self):
+        if is_features(self.data):
+            self.take_encoders(Features(self.data).facts)
         recipe = FROM_SCRATCH if self.llm.startswith("{") else PUBLISHED | ({"lr": 5e-4} if self.task == "vsr" else {})
-        for name, value in recipe.items():
+        for name, value in (recipe | POOLS).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         if self.task not in MODALITIES:
@@ -141,14 +144,12 @@ class Args:
         self.snrs = [parse_snr(snr) for snr in self.eval_snr.split()] if "audio" in MODALITIES[self.task] else [None]
         if not self.snrs:
             raise InputError("--eval-snr is empty; expected clean or a number of dB, or several with spaces between")
-        if is_features(self.data):
-            self.take_encoders(Features(self.data).facts)
         for name in ("data", "noise", "llm", "audio_encoder", "video_encoder"):  # args.json must hold from anywhere
             if getattr(self, name) not in (None, "synthetic") and os.path.exists(getattr(self, name)):
                 setattr(self, name, os.path.abspath(getattr(self, name)))
 
     def take_encoders(self, facts):
-        """Arguments that keep their defaults are taken from the features. `Features.check` refuses other encoders."""
+        """Arguments that are not given are taken from the features. `Features.check` refuses other encoders."""
         if self.noise and os.path.abspath(self.noise) != facts["noise"]:
             raise InputError(f"--noise: the features in {self.data} have theirs")
         for name in SETTINGS:

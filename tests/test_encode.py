@@ -92,6 +92,13 @@ def test_a_run_on_features_is_evaluated_alike_from_features_and_clips(encoded, t
             command(module, encoded[1], tmp_path / "out", "--video-encoder" if module is encode else "--seed", 1)
 
 
+def test_what_is_not_given_comes_from_the_features(encoded, tmp_path):
+    facts = json.loads((encoded[1] / "features.json").read_text()) | {"audio_pool": 8}
+    (tmp_path / "features.json").write_text(json.dumps(facts))
+    pools = [train.parse_args(["--data", str(tmp_path), *given])[0].audio_pool for given in ((), ("--audio-pool", "4"))]
+    assert pools == [8, 4]  # 4: the default, but given
+
+
 def test_encoding_goes_on_shard_by_shard(encoded, tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "SHARD", 5)
     begin = (encode, "synthetic", tmp_path, *encoders_of(encoded[0]))
