@@ -13,13 +13,9 @@ import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    WhisperConfig,
-    WhisperFeatureExtractor,
+    LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, WhisperConfig, WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
-)
+)  # fmt: skip
 
 from encoders import MODALITIES
 from model import LlamaSMoP

@@ -23,7 +23,7 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def published_folder(tmp_path_factory):
+def theirs(tmp_path_factory):
     """The authors' tiny checkpoint and its parts, see write_published."""
     folder = tmp_path_factory.mktemp("published")
     write_published(folder)

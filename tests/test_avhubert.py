@@ -93,18 +93,15 @@ SIZES |= {"layer_norm_first": True, "conv_pos": 8, "conv_pos_groups": 2}
 KIND = {"modality_fuse": "concat", "resnet_relu_type": "prelu"}
 
 
-@pytest.mark.parametrize(
-    "checkpoint, message",
-    [
-        (None, "no such checkpoint"),
-        (b"text", "not a PyTorch checkpoint"),
-        ({"weights": {}}, "not a pretrained AV-HuBERT checkpoint of fairseq .*'cfg'"),
-        ({"model": {}, "cfg": {"model": SIZES}}, "not a pretrained AV-HuBERT checkpoint of fairseq .*'modality_fuse'"),
-        ([1, 2], "not a pretrained AV-HuBERT"),
-        ({"model": {}, "cfg": {"model": SIZES | KIND}}, "missing weights"),
-        ({"model": {}, "cfg": {"model": SIZES | KIND | {"modality_fuse": "add"}}}, "only modality_fuse=concat"),
-    ],
-)
+@pytest.mark.parametrize("checkpoint, message", [
+    (None, "no such checkpoint"),
+    (b"text", "not a PyTorch checkpoint"),
+    ({"weights": {}}, "not a pretrained AV-HuBERT checkpoint of fairseq .*'cfg'"),
+    ({"model": {}, "cfg": {"model": SIZES}}, "not a pretrained AV-HuBERT checkpoint of fairseq .*'modality_fuse'"),
+    ([1, 2], "not a pretrained AV-HuBERT"),
+    ({"model": {}, "cfg": {"model": SIZES | KIND}}, "missing weights"),
+    ({"model": {}, "cfg": {"model": SIZES | KIND | {"modality_fuse": "add"}}}, "only modality_fuse=concat"),
+])  # fmt: skip
 def test_other_files_are_refused_by_name(tmp_path, checkpoint, message):
     path = tmp_path / "a.pt"
     if isinstance(checkpoint, bytes):

@@ -1,6 +1,5 @@
 """data.py and synthetic.py: manifests, augmentation, noise, and the order of a run."""
 
-import math
 import random
 
 import numpy as np
@@ -26,10 +25,7 @@ def test_manifests(tmp_path):
     text = '\ufeffid,path,frames,text\na,a.mp4,25,"one,\u00a0 two\t"\nb,s/b.mp4,30,three\n'
     (tmp_path / "test.csv").write_text(text, encoding="utf-8")
     clips = read_manifest(tmp_path / "test.csv")
-    assert [tuple(c) for c in clips] == [
-        ("a", tmp_path / "a.mp4", 25, "one, two"),
-        ("b", tmp_path / "s/b.mp4", 30, "three"),
-    ]
+    assert clips == [("a", tmp_path / "a.mp4", 25, "one, two"), ("b", tmp_path / "s/b.mp4", 30, "three")]
 
 
 def test_label_files_of_auto_avsr_and_llama_avsr(tmp_path):
@@ -46,40 +42,24 @@ def test_label_files_of_auto_avsr_and_llama_avsr(tmp_path):
     assert clips[0].id == "lrs3_video_seg24s/x/1"
 
 
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ("a,a.mp4,25", "m.csv:2: expected id,path,frames,text"),
-        ("a,a.mp4,25,well, hello", "m.csv:2: expected .* quotes around a text with commas"),
-        ("a,a.mp4,many,text", "m.csv:2: expected .* number of frames"),
-        ("a,a.mp4,0,text", "positive number"),
-        ("a,a.mp4,25, ", "m.csv:2: empty transcript"),
-        ("a,../../a.mp4,25,text", "lead out of the folder"),
-        ("../a,a.mp4,25,text", "lead out of the folder"),
-        ("a,a.mp4,25,one\na,b.mp4,25,two", "m.csv:3: the id 'a' stands for several"),
-        ("", "no clips"),
-        ("a,a,\xb2,t", "m.csv: not a CSV file in UTF-8"),  # written in Latin-1
-        ('a,a,"1', "m.csv:2: expected"),
-    ],
-)
+@pytest.mark.parametrize("line, message", [
+    ("a,a.mp4,25,well, hello", "m.csv:2: expected .* quotes around a text with commas"),
+    ("a,a.mp4,many,text", "m.csv:2: expected .* number of frames"),
+    ("a,a.mp4,0,text", "positive number"),
+    ("a,../../a.mp4,25,text", "lead out of the folder"),
+    ("../a,a.mp4,25,text", "lead out of the folder"),
+    ("", "no clips"),
+    ("a,a,\xb2,t", "m.csv: not a CSV file in UTF-8"),  # written in Latin-1
+    ('a,a,"1', "m.csv:2: expected"),
+    ("d,v/a.mp4,25,well, hello world", "m.csv:1: expected .* quotes"),  # label files have no header
+    ("d,v/a.mp4,25,9,well, hello world", "m.csv:1: expected .* quotes"),
+    ("d,v/a.mp4,25,7 8", "m.csv:1: .*a.txt: not text in UTF-8 .*No such file"),
+])  # fmt: skip
 def test_bad_manifests_are_refused(tmp_path, line, message):
-    (tmp_path / "m.csv").write_text(f"id,path,frames,text\n{line}\n", encoding="latin-1")
+    header = "" if line.startswith("d,") else "id,path,frames,text\n"
+    (tmp_path / "m.csv").write_text(f"{header}{line}\n", encoding="latin-1")
     with pytest.raises(InputError, match=message):
         read_manifest(tmp_path / "m.csv")
-
-
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ("d,v/a.mp4,25,well, hello world", "labels.csv:1: expected .* quotes"),
-        ("d,v/a.mp4,25,9,well, hello world", "labels.csv:1: expected .* quotes"),
-        ("d,v/a.mp4,25,7 8", "labels.csv:1: .*a.txt: not text in UTF-8 .*No such file"),
-    ],
-)
-def test_bad_label_files_are_refused(tmp_path, line, message):
-    (tmp_path / "labels.csv").write_text(line + "\n")
-    with pytest.raises(InputError, match=message):
-        read_manifest(tmp_path / "labels.csv")
 
 
 def test_clips_that_are_not_as_their_manifest_says(tmp_path):
@@ -130,6 +110,13 @@ def test_noise_has_the_stated_level_and_repeats(snr):
         data.add_noise(clean, np.zeros(100, np.float32), snr, random.Random(0))
 
 
+def test_babble_is_many_voices_of_unequal_loudness():
+    ones = lambda clip, modality: np.ones(16000, np.float32)  # noqa: E731
+    babble, again = (data.make_babble([data.Clip(name, None, 25, "")], ones) for name in "ab")
+    assert len(babble) == 480_000 and 10 < babble.min() <= babble.max() < 30 and len(np.unique(babble.round(3))) > 1
+    assert np.array_equal(babble, again)
+
+
 def test_augmentation_depends_on_the_epoch_and_the_clip():
     clips, load = load_corpus("synthetic", "train")
     make = lambda noise: ClipDataset(clips, load, ("audio", "video"), noise, clean_epochs=1)  # noqa: E731
@@ -137,6 +124,10 @@ def test_augmentation_depends_on_the_epoch_and_the_clip():
     plain, first, again, other = dataset[3], dataset[3, 1], make(noise())[3, 1], dataset[3, 2]
     for modality in ("audio", "video"):
         assert torch.equal(first[modality], again[modality]) and not torch.equal(first[modality], other[modality])
+    other = ClipDataset(clips, load, ("audio", "video"), noise(), seed=1, clean_epochs=1)[3, 1]
+    assert not any(
+        torch.equal(first[modality], other[modality]) for modality in other if modality in ("audio", "video")
+    )
     assert torch.equal(dataset[3, 0]["audio"], plain["audio"])  # a clean epoch, but cropped and flipped
     assert not torch.equal(dataset[3, 0]["video"], plain["video"])
     assert not torch.equal(make(None)[3, 1]["audio"], plain["audio"])  # masks only
@@ -186,26 +177,14 @@ def test_a_plan_loses_and_repeats_no_clip(world):
             assert all(batch for step in same for batch in step.batches)
     longer = [b for step in plans[0] for b in step.batches if len(b) * max(frames[i] for i in b) > 300]
     assert len(longer) <= 2 * (world > 1)  # what is left for too few processes joins another batch
+    padded = sum(max(frames[i] for i in b) * len(b) for plan in plans for step in plan for b in step.batches)
+    assert 1 - 2 * sum(frames) / padded < 0.12  # without the order by length 0.22 to 0.34
     assert [s.batches for s in plans[0] if s.epoch == 0] != [s.batches for s in plans[0] if s.epoch == 1]
     assert plans[0] == plan_run(frames, tokens, 2, 300, accumulate=2, seed=1, rank=0, world=world)
+    assert plans[0] != plan_run(frames, tokens, 2, 300, accumulate=2, seed=2, rank=0, world=world)
 
 
-@pytest.mark.parametrize("median, sigma, longest, world", [(2.1, 0.55, 6.2, 1), (2.1, 0.55, 6.2, 4), (3.5, 0.7, 24, 1)])
-def test_little_of_a_batch_is_padding(median, sigma, longest, world):
-    """Lengths like those of LRS2 and LRS3, the published 1500 frames: at most 6 %."""
-    rng = random.Random(0)
-    seconds = [min(rng.lognormvariate(math.log(median), sigma), longest) for _ in range(20_000)]
-    frames = [max(round(25 * s), 10) for s in seconds]
-    own = [batch[rank::world] for batch in pack(frames, 1500, random.Random(1), world) for rank in range(world)]
-    padded = [max(frames[i] for i in batch) * len(batch) for batch in own]
-    assert max(padded) <= 1500 and 1 - sum(frames) / sum(padded) < 0.06
-    assert len({tuple(sorted(b)) for b in own} & {tuple(sorted(b)) for b in pack(frames, 1500, random.Random(2))}) < 9
-
-
-def test_few_clips_for_many_processes_are_refused():
+def test_a_long_clip_is_a_batch_and_few_clips_for_many_processes_are_refused():
+    assert pack([10, 900], 300) == [[0], [1]]
     with pytest.raises(InputError, match="3 clips cannot be shared by 4 processes"):
         pack([10, 10, 10], 300, world=4)
-
-
-def test_a_clip_longer_than_a_batch_is_one_by_itself():
-    assert pack([10, 900], 300) == [[0], [1]]

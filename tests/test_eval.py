@@ -17,12 +17,9 @@ from tools import prepare
 from tools.errors import InputError
 
 
-def test_wer_is_over_all_words_whatever_their_case():
-    assert word_error_rate(["BIN BLUE AT", "now", "go"], ["bin red at", "", "go on then"])[0] == 80.0
-
-
 def test_what_is_scored():
     """Case and the kind of white space never count, punctuation and Unicode's form only without --normalize."""
+    assert word_error_rate(["BIN BLUE AT", "now", "go"], ["bin red at", "", "go on then"])[0] == 80.0  # of all words
     rate = lambda *texts, **how: word_error_rate(*([text] for text in texts), **how)[0]  # noqa: E731
     assert rate("lay\u00a0blue\tat\n", "Lay  blue at") == 0
     pair = "well, caf\u00e9", "well cafe\u0301"
@@ -37,12 +34,9 @@ def test_snrs_are_parsed_or_refused():
             eval_module.parse_snr(text)
 
 
-def test_babble_is_made_of_the_train_split(corpus, monkeypatch):
+def test_noise_is_babble_of_the_train_split_or_a_file(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(eval_module, "make_babble", lambda clips, load: [clip.id for clip in clips])
     assert eval_module.load_noise(None, corpus) == [clip.id for clip in load_corpus(corpus, "train")[0]]
-
-
-def test_noise_may_come_from_a_file(tmp_path):
     sound = np.sin(np.arange(16000)).astype(np.float32) / 2
     for name, samples in (("hum", sound), ("silent", 0 * sound)):
         prepare.write_audio(tmp_path / f"{name}.wav", samples)
@@ -80,6 +74,10 @@ def test_noise_changes_what_is_heard_and_the_routing_is_of_the_first_snr():
     assert [line["hypothesis"] for line in lines[:4]] != [line["hypothesis"] for line in lines[4:]]
     assert results["routing"] == evaluate(model, clips[:4], load)[0]["routing"]
     assert results["routing"] != evaluate(model, clips[:4], load, noise, (-5.0,))[0]["routing"]
+    asked, honest = [], model.generate_ids
+    model.generate_ids = lambda batch, beams: asked.append(beams) or honest(batch, beams)
+    evaluate(model, clips[:4], load, num_beams=3)
+    assert set(asked) == {3}
 
 
 def test_routing_statistics():
@@ -98,6 +96,9 @@ def test_model_of_unknown_training_is_evaluated(corpus, tmp_path):
         command(eval_module, tmp_path)
     command(eval_module, tmp_path, "--data", corpus, "--snr", "0", "--device", "cpu")
     assert json.loads((tmp_path / "results.json").read_text())["clips"] == 4
+    prepare.write_audio(tmp_path / "silent.wav", np.zeros(16000))
+    with pytest.raises(InputError, match="silent.wav: silent, no noise"):
+        command(eval_module, tmp_path, "--data", corpus, "--snr", "0", "--noise", tmp_path / "silent.wav")
     quiet = tmp_path / "quiet"
     shutil.copytree(corpus, quiet)
     manifest = quiet / "test.csv"

@@ -11,32 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import (
-    AVHUBERT,
-    LLM,
-    PROJECTORS,
-    ROOT,
-    WHISPER,
-    WORDS,
-    byte_level_tokenizer,
-    close,
-    small_batch,
-    small_model,
-    write_llama,
-    write_tokenizer,
-    write_whisper,
-)
+    AVHUBERT, LLM, PROJECTORS, ROOT, WHISPER, WORDS, byte_level_tokenizer, close, small_batch, small_model, write_llama,
+    write_tokenizer, write_whisper,
+)  # fmt: skip
 from safetensors.torch import load_file
 from torch import nn
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    WhisperFeatureExtractor,
-)
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, WhisperFeatureExtractor
 
 from data import Clip, collate
-from model import MARKERS, PROMPTS, LlamaSMoP, Losses, add_lora
+from model import MARKERS, PROMPTS, LlamaSMoP, add_lora
 from smop import MultimodalSMoP, load_balancing_loss, router_z_loss
 from tools.checks import check_clips, find_altered
 from tools.errors import InputError
@@ -69,7 +52,6 @@ def test_worked_example_of_the_docstring(tmp_path):
 
 
 def test_total_is_the_transcripts_loss_and_the_weighted_routing():
-    assert Losses(torch.tensor(1.0), torch.tensor(0.25), torch.tensor(9.0), torch.tensor(9.0)).total == 1.25
     batch = collate(small_batch("asr"))
     losses = small_model("asr", load_balancing_weight=0.5, router_z_weight=0.25)(batch)
     close(losses.routing, 0.5 * losses.load_balancing + 0.25 * losses.router_z)
@@ -119,8 +101,8 @@ def test_generate_leaves_the_model_as_it_was():
     expected = model.eval().generate(batch, 2, max_new_tokens=5)
     assert not model.training
     assert model.train().generate(batch, 2, max_new_tokens=5) == expected
-    with pytest.raises(InputError, match="0: too short for video pooling by 2"):
-        model.generate(collate(small_batch(seconds=[0.04])))
+    with pytest.raises(InputError, match="^1, 2: too short for video pooling by 2"):
+        model.generate(collate(small_batch(seconds=[0.4, 0.04, 0.04])))
     assert model.training and model.video_encoder.training  # after a fault, too
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())  # BatchNorm's statistics, too
     assert all(p.grad is None for p in model.parameters())
@@ -326,24 +308,18 @@ def test_runs_that_do_not_fit_are_refused(tmp_path):
         LlamaSMoP.load(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ({"task": "tts"}, "task must be one of asr, vsr, avsr, got 'tts'"),
-        ({"projector": "DEDJ"}, "projector must be one of MLP, DEDR, JEDR, JEJR, got 'DEDJ'"),
-        ({"audio_window": "10s"}, "audio_window must be one of 30s, clip"),
-        ({"llm": LLM | {"width": 3}}, "LlamaConfig has no width"),
-        ({"audio_encoder": WHISPER | {"width": 3}}, "WhisperConfig has no width"),
-        ({"video_encoder": AVHUBERT | {"width": 3}}, "video_encoder: .*'width'"),
-        ({"video_encoder": None}, "video_encoder: a checkpoint, a run folder or"),
-        ({"video_encoder": "nowhere.pt"}, "nowhere.pt: no such checkpoint"),
-        (
-            {"video_encoder": AVHUBERT | {"dim": 64}, "projector": "JEDR"},
-            "JEDR shares its experts: encoders must be of one width",
-        ),
-        ({"tokenizer": None}, "a random LLM needs a tokenizer: see train_tokenizer"),
-    ],
-)
+@pytest.mark.parametrize("arguments, message", [
+    ({"task": "tts"}, "task must be one of asr, vsr, avsr, got 'tts'"),
+    ({"projector": "DEDJ"}, "projector must be one of MLP, DEDR, JEDR, JEJR, got 'DEDJ'"),
+    ({"audio_window": "10s"}, "audio_window must be one of 30s, clip"),
+    ({"llm": LLM | {"width": 3}}, "LlamaConfig has no width"),
+    ({"audio_encoder": WHISPER | {"width": 3}}, "WhisperConfig has no width"),
+    ({"video_encoder": AVHUBERT | {"width": 3}}, "video_encoder: .*'width'"),
+    ({"video_encoder": None}, "video_encoder: a checkpoint, a run folder or"),
+    ({"video_encoder": "nowhere.pt"}, "nowhere.pt: no such checkpoint"),
+    ({"video_encoder": AVHUBERT | {"dim": 64}, "projector": "JEDR"}, "JEDR shares its experts: encoders must be"),
+    ({"tokenizer": None}, "a random LLM needs a tokenizer: see train_tokenizer"),
+])  # fmt: skip
 def test_wrong_arguments_are_named(arguments, message):
     parts = {"llm": LLM, "audio_encoder": WHISPER, "video_encoder": AVHUBERT, "tokenizer": train_tokenizer(["now"])}
     with pytest.raises(InputError, match=message):
@@ -442,5 +418,3 @@ def test_clips_that_the_model_is_given_all_the_same():
     long = {"id": "long", "text": "now", "audio": torch.zeros(480_640)}
     with pytest.raises(InputError, match="long: longer than Whisper's 30 s"):
         small_model("asr")(collate([long]))
-    with pytest.raises(InputError, match="^1, 2: too short for video pooling by 2"):
-        small_model("vsr")(collate(small_batch("vsr", seconds=[0.4, 0.04, 0.04])))

@@ -19,9 +19,9 @@ from whisper_encoder import whisper_frames
 
 
 @pytest.fixture(scope="module")
-def published(published_folder):
+def published(theirs):
     """(model, its description): the tiny model of the authors' numbers, loaded as their users would."""
-    folder, info = published_folder, json.loads(str(np.load(COMPACT)["model.info_json"]))
+    folder, info = theirs, json.loads(str(np.load(COMPACT)["model.info_json"]))
     settings = {"lora_scale": info["lora"]["scaling"], "prompt": info["prompt"]}  # not the defaults
     model = load_published(folder / "model.pth", folder / "llm", folder / "whisper", folder / "avhubert.pt", **settings)
     assert model.config["lora_rank"] == info["lora"]["real_rank"]
@@ -36,8 +36,6 @@ def test_avhubert(published):
     encoder, golden = published[0].video_encoder, np.load(COMPACT)
     video = normalise(torch.from_numpy(golden["avhubert.video_u8"])[None])
     close(encoder(video), golden["avhubert.features"], atol=2e-5)
-    padded, mask = F.pad(video, (0, 0, 0, 0, 0, 10)), torch.arange(30)[None] < 20
-    close(encoder(padded, mask)[:, :20], golden["avhubert.features"], atol=2e-5)
 
 
 @needs_shared

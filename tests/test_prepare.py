@@ -95,22 +95,17 @@ def found(corpus):
     return {(split, name): text for split, name, _, text in corpus.clips}
 
 
-@pytest.mark.parametrize(
-    "content, expected",
-    [
-        (b"Hello World", "hello world"),
-        (b"Text:  HELLO WORLD\nConf:  4\n\nWORD START END ASDSCORE\nHELLO 0.1 0.4 5.2\n", "hello world"),
-        (b"\xef\xbb\xbfText:  HELLO WORLD\r\n", "hello world"),
-        (b"\nhello big\r\nwide world\n", "hello big wide world"),
-        ("hello\tbig\u00a0wide\u3000world".encode(), "hello big wide world"),
-        ("hello".encode("utf-16"), "a.txt: not text in UTF-8"),
-        ("hello".encode("utf-16-le"), "a.txt: not text in UTF-8"),
-        ("café".encode("latin-1"), "a.txt: not text in UTF-8"),
-        (b"", "a.txt: empty transcript"),
-        (b"Text:\n\nWORD START END\n", "a.txt: empty transcript"),
-        (None, "a.txt: no such transcript"),
-    ],
-)
+@pytest.mark.parametrize("content, expected", [
+    (b"Text:  HELLO WORLD\nConf:  4\n\nWORD START END ASDSCORE\nHELLO 0.1 0.4 5.2\n", "hello world"),
+    (b"\xef\xbb\xbfText:  HELLO WORLD\r\n", "hello world"),
+    (b"\nhello big\r\nwide world\n", "hello big wide world"),
+    ("hello\tbig\u00a0wide\u3000world".encode(), "hello big wide world"),
+    ("hello".encode("utf-16-le"), "a.txt: not text in UTF-8"),
+    ("café".encode("latin-1"), "a.txt: not text in UTF-8"),
+    (b"", "a.txt: empty transcript"),
+    (b"Text:\n\nWORD START END\n", "a.txt: empty transcript"),
+    (None, "a.txt: no such transcript"),
+])  # fmt: skip
 def test_transcripts(tmp_path, content, expected):
     write_files(tmp_path, {"train/a.mp4": "", "train/b.mp4": "", "train/b.txt": "b"})
     if content is not None:

@@ -19,27 +19,22 @@ TEXTS = ("w1 w2", "w3", "w4")
 
 
 @pytest.fixture(scope="module")
-def folder(published_folder):
-    return published_folder
+def weights(theirs):
+    return torch.load(theirs / "model.pth", weights_only=True)
 
 
-@pytest.fixture(scope="module")
-def weights(folder):
-    return torch.load(folder / "model.pth", weights_only=True)
+def load(theirs, checkpoint="model.pth", **settings):
+    parts = theirs / "llm", theirs / "whisper", theirs / "avhubert.pt"
+    return load_published(theirs / checkpoint, *parts, lora_scale=0.25, **settings)
 
 
-def load(folder, checkpoint="model.pth", **settings):
-    parts = folder / "llm", folder / "whisper", folder / "avhubert.pt"
-    return load_published(folder / checkpoint, *parts, lora_scale=0.25, **settings)
-
-
-def test_file_of_bf16_and_moved_statistics(folder, weights, tmp_path):
+def test_file_of_bf16_and_moved_statistics(theirs, weights, tmp_path):
     """As a run in bf16 leaves it: frozen parts rounded, BatchNorm's statistics changed. What is saved is what was read."""
     moved = {name: x.bfloat16() if x.is_floating_point() else x for name, x in weights.items()}
     name = "video_encoder.feature_extractor_video.resnet.frontend3D.1.running_mean"
     moved[name] += 1
-    save_file(moved, folder / "moved.safetensors")
-    model, batch = load(folder, "moved.safetensors"), collate(small_batch(texts=TEXTS))
+    save_file(moved, theirs / "moved.safetensors")
+    model, batch = load(theirs, "moved.safetensors"), collate(small_batch(texts=TEXTS))
     close(model.video_encoder.resnet.frontend3D[1].running_mean, moved[name].float())
     close(model.projector.gates["joint"].weight, moved["audiovisual_proj.gate.weight"].float())
     assert not model.training and not any(module.training for module in model.modules())
@@ -48,28 +43,26 @@ def test_file_of_bf16_and_moved_statistics(folder, weights, tmp_path):
     close(LlamaSMoP.load(tmp_path / "run")(batch).total, expected)
 
 
-def test_run_folder_names_frozen_parts_and_holds_the_rest(folder, tmp_path):
-    model = load(folder)
+def test_run_folder_names_frozen_parts_and_holds_the_rest(theirs, tmp_path):
+    model = load(theirs)
     model.save(tmp_path)
     names = load_file(tmp_path / "model.safetensors").keys()
     assert {name.split(".")[0] for name in names} == {"projector", "llm", "new_tokens", "video_encoder"}
     assert all("lora" in name for name in names if name.startswith("llm"))
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     assert all(name.endswith(statistics) for name in names if name.startswith("video"))
-    model.train()
-    assert model.training and not model.audio_encoder.training and not model.video_encoder.training
 
 
 @pytest.mark.parametrize("modalities", [("audio", "video"), ("audio",), ("video",)])
-def test_mlp_of_llama_avsr_is_one_expert(folder, weights, modalities):
+def test_mlp_of_llama_avsr_is_one_expert(theirs, weights, modalities):
     prefix = "audiovisual_proj.experts.1"
     expert = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
     encoders = tuple(f"{modality}_encoder." for modality in modalities)
     mlp = {name: x for name, x in weights.items() if name.startswith(("llm.", *encoders))}
     for shift, modality in enumerate(modalities):  # two different ones
         mlp |= {f"{modality}_proj{name}": x + shift for name, x in expert.items()}
-    torch.save(mlp, folder / "mlp.pth")
-    model = load(folder, "mlp.pth")
+    torch.save(mlp, theirs / "mlp.pth")
+    model = load(theirs, "mlp.pth")
     assert model.modalities == modalities and model.config["projector"] == "MLP"
     for shift, modality in enumerate(modalities):
         plain = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64), nn.LayerNorm(64))
@@ -105,7 +98,7 @@ def test_tied_llm(tmp_path, left):
             load_published(tmp_path / "untied.safetensors", tmp_path / "llm", tmp_path / "whisper")
 
 
-def test_what_does_not_fit_is_named(folder, weights, tmp_path):
+def test_what_does_not_fit_is_named(theirs, weights, tmp_path):
     embeddings = weights["llm.model.embed_tokens.weight"]
     wrong = {
         "audio_encoder.conv1.bias is frozen": {"audio_encoder.conv1.bias": weights["audio_encoder.conv1.bias"] + 0.1},
@@ -121,27 +114,27 @@ def test_what_does_not_fit_is_named(folder, weights, tmp_path):
         state = {name: x for name, x in (weights | change).items() if x is not None}
         torch.save(state, tmp_path / "wrong.pth")
         with pytest.raises(InputError, match=f"wrong.pth: .*{message}"):
-            load(folder, tmp_path / "wrong.pth")
+            load(theirs, tmp_path / "wrong.pth")
     for content, got in (({"state_dict": weights}, "state_dict"), ([1], "list"), ({1: torch.ones(1)}, "1")):
         torch.save(content, tmp_path / "wrong.pth")
         with pytest.raises(InputError, match=f"wrong.pth: a flat file .* got {got}"):
-            load(folder, tmp_path / "wrong.pth")
+            load(theirs, tmp_path / "wrong.pth")
     with pytest.raises(InputError, match="model.pth: with top-1 the published gate is the constant 1"):
-        load(folder, top_k=1)
+        load(theirs, top_k=1)
     (tmp_path / "half.safetensors").write_bytes(b"half a copy")
     for name in ("half", "missing"):
         with pytest.raises(InputError, match=f"{name}.safetensors: "):
-            load(folder, tmp_path / f"{name}.safetensors")
+            load(theirs, tmp_path / f"{name}.safetensors")
 
 
-def test_command_writes_a_run_folder(folder, tmp_path):
-    parts = ("--llm", folder / "llm", "--audio-encoder", folder / "whisper", "--video-encoder", folder / "avhubert.pt")
-    line = (published, folder / "model.pth", tmp_path / "run", *parts, "--lora-scale", 0.25)
+def test_command_writes_a_run_folder(theirs, tmp_path):
+    parts = ("--llm", theirs / "llm", "--audio-encoder", theirs / "whisper", "--video-encoder", theirs / "avhubert.pt")
+    line = (published, theirs / "model.pth", tmp_path / "run", *parts, "--lora-scale", 0.25)
     with pytest.raises(InputError, match="model.pth: with top-1"):
         command(*line, "--top-k", 1)
     assert not (tmp_path / "run").exists()
     command(*line, "--prompt", "w1 w2")
     batch = collate(small_batch(texts=TEXTS))
-    close(LlamaSMoP.load(tmp_path / "run")(batch).total, load(folder, prompt="w1 w2")(batch).total)
+    close(LlamaSMoP.load(tmp_path / "run")(batch).total, load(theirs, prompt="w1 w2")(batch).total)
     with pytest.raises(InputError, match="run: exists; a new folder is expected"):
         command(*line)

@@ -10,7 +10,6 @@ from common import SHARED, command, needs_shared, small_model, write_picture
 from data import collate, crop_video, transform_audio
 from model import LlamaSMoP
 from tools import prepare, transcribe
-from tools.errors import InputError
 from tools.media import load_audio, load_video, video_frames
 
 TALK = SHARED / "grid" / "video" / "pgak2n.mp4"
@@ -64,20 +63,15 @@ def test_long_clip_is_its_pieces(tmp_path, monkeypatch):
         item = {"id": "a", "text": "", "audio": transform_audio(piece), "video": crop_video(mouths[frames])}
         assert segment["text"] == (model.generate(collate([item]), 1)[0] if piece.any() else "")
     assert any(s["text"] for s in segments)
-    prepare.write_audio(tmp_path / "long.wav", speech(82))
-    with pytest.raises(InputError, match="long.mp4: 82.0 s of sound, but 80.0 s of video"):
-        transcribe.transcribe(model, clip)
 
 
 def test_good_and_bad_clips(tmp_path, capsys):
     small_model("asr").save(tmp_path / "run")
     write_picture(tmp_path / "mute.mp4", 1)
-    prepare.write_audio(tmp_path / "silent.wav", np.zeros(16000))
     (tmp_path / "text.mp4").write_text("no media")
     write_picture(tmp_path / "good.mp4", 1)
     prepare.write_audio(tmp_path / "good.wav", speech(1))  # beside a video without sound: heard
-    faults = {"mute.mp4": "no audio track", "silent.wav": "silent, no sound"}
-    faults |= {"text.mp4": "not a readable", "none.mp4": "no such file"}
+    faults = {"mute.mp4": "no audio track", "text.mp4": "not a readable", "none.mp4": "no such file"}
     clips = [tmp_path / name for name in (*faults, "good.mp4")]
     code, printed, lines = transcribe_clips(capsys, tmp_path / "run", *clips, "--json")
     assert code == 1 and [line["clip"] for line in lines] == list(map(str, clips))
