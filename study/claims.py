@@ -62,7 +62,7 @@ def claims_of(args):
     shares = [(mlp._replace(share=share), dedr._replace(share=share)) for share in (0.25, 0.5, 1)]
     claims = {
         "configurations": Claim(
-            "The paper: DEDR has the lowest WER, for ASR, VSR and AVSR. (With one modality all configurations are one.)",
+            "The paper: DEDR has the lowest WER, for ASR, VSR and AVSR. (With one modality, all three configurations are the same.)",
             [mlp, jejr, jedr, dedr, asr_mlp, asr_dedr, vsr_mlp, vsr_dedr],
             [(dedr, mlp), (dedr, jejr), (dedr, jedr), (asr_dedr, asr_mlp), (vsr_dedr, vsr_mlp)],
         ),
