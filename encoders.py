@@ -34,8 +34,9 @@ class Encoders(nn.Module):
     Padding is masked in encode_audio (samples set to 0), whisper_encoder.encode (with "clip") and AVHubertEncoder.
     """
 
-    def __init__(self, task, audio_encoder, video_encoder, audio_pool=4, video_pool=2, audio_window="30s"):
+    def __init__(self, task, audio_encoder, video_encoder, audio_pool=4, video_pool=2, audio_window=None):
         super().__init__()
+        audio_window = audio_window or default_window(audio_encoder)
         for name, value, known in (("task", task, MODALITIES), ("audio_window", audio_window, ("30s", "clip"))):
             if value not in known:
                 raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}")
@@ -70,13 +71,16 @@ class Encoders(nn.Module):
         for modality in self.modalities:
             lengths = batch[f"{modality}_lengths"].cpu()  # of features: in tokens
             if f"{modality}_features" not in batch:
-                frames = whisper_frames(lengths) if modality == "audio" else lengths
-                lengths = frames // self.pools[modality]  # the remainder is dropped
+                lengths = self.tokens_of(modality, lengths)
             if (lengths < 1).any():
                 short = [name for name, count in zip(batch["ids"], lengths) if count < 1]
                 raise InputError(f"{', '.join(short)}: too short for {modality} pooling by {self.pools[modality]}")
             counts[modality] = lengths
         return counts
+
+    def tokens_of(self, modality, lengths):
+        """How many tokens so many samples or video frames make; the remainder is dropped."""
+        return (whisper_frames(lengths) if modality == "audio" else lengths) // self.pools[modality]
 
     def encode_audio(self, batch):
         """Whisper's features (B, T, D), as long as the longest clip."""
@@ -112,7 +116,7 @@ class Encoders(nn.Module):
         return next(self.parameters()).device
 
     def autocast(self):
-        """bf16 on a GPU. Trained weights are kept in float32; the router and the log-mel are computed in it."""
+        """bf16 on a GPU. Trained weights stay in float32; the router and the log-mel are computed in float32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def _apply(self, fn, recurse=True):
@@ -142,7 +146,7 @@ def is_trained(module):
 
 def read_run_config(source):
     """The config.json of a run folder, or {}."""
-    if isinstance(source, dict) or not (file := Path(source or "") / "config.json").is_file():
+    if not isinstance(source, (str, Path)) or not (file := Path(source) / "config.json").is_file():
         return {}
     config = json.loads(file.read_text())
     return config if "task" in config else {}

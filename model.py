@@ -59,13 +59,13 @@ MAX_NEW_TOKENS = 256  # of a transcript: 30 s of fast speech
 
 class Losses(NamedTuple):
     lm: torch.Tensor  # mean cross entropy over the tokens of all transcripts, EOS included
-    routing: torch.Tensor  # load_balancing_weight * load_balancing + router_z_weight * router_z
+    auxiliary: torch.Tensor  # load_balancing_weight * load_balancing + router_z_weight * router_z
     load_balancing: torch.Tensor
     router_z: torch.Tensor
 
     @property
     def total(self):
-        return self.lm + self.routing
+        return self.lm + self.auxiliary
 
 
 class LlamaSMoP(Encoders):
@@ -80,8 +80,8 @@ class LlamaSMoP(Encoders):
     projector: "DEDR", "JEDR", "JEJR", or "MLP" (one expert: the projector of Llama-AVSR).
     num_experts, top_k, dim_hidden: of each mixture; dim_hidden defaults to the LLM's width.
     audio_pool, video_pool: features averaged into one token (the paper's downsampling factors).
-    audio_window: "30s" gives Whisper 30 seconds, as it was trained; "clip" only the clip, which costs a tenth for clips
-        of 3 s, but shows a pretrained Whisper inputs unlike its training.
+    audio_window: "30s" gives Whisper 30 seconds, the default for a pretrained one, which was trained so; "clip" only the
+        clip, which costs a tenth for clips of 3 s: the default for a random one. A run's encoder keeps that of its run.
     lora_rank: default a 32nd of the LLM's width; lora_scale: factor of the update (published: rank 64 at width 2048, 0.125).
     prompt: default PROMPTS[task], and none for a random LLM, which has nothing to recall.
     load_balancing_weight, router_z_weight: of the two routing losses; "MLP" has neither.
@@ -111,7 +111,7 @@ class LlamaSMoP(Encoders):
         dim_hidden=None,
         audio_pool=4,
         video_pool=2,
-        audio_window="30s",
+        audio_window=None,
         lora_rank=None,
         lora_scale=0.125,
         prompt=None,
@@ -120,6 +120,7 @@ class LlamaSMoP(Encoders):
         tokens_per_second=None,
     ):
         super().__init__(task, audio_encoder, video_encoder, audio_pool, video_pool, audio_window)
+        audio_window = self.audio_window
         self.config = {k: v for k, v in locals().items() if k not in ("self", "tokenizer", "__class__")}
         if projector not in (known := ["MLP", *MultimodalSMoP.CONFIGS]):
             raise InputError(f"projector must be one of {', '.join(known)}, got {projector!r}")
@@ -305,7 +306,7 @@ class LlamaSMoP(Encoders):
                 config[part] = os.path.abspath(config[part])
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self.tokenizer.save_pretrained(folder)
-        save_file({name: x.contiguous() for name, x in self.trained_state().items()}, folder / "model.safetensors")
+        save_file(self.trained_state(), folder / "model.safetensors")
 
     @classmethod
     def load(cls, folder, **changes):

@@ -58,8 +58,8 @@ class SMoP(nn.Module):
         self.experts = nn.ModuleList(make_expert(dim_in, dim_out, dim_hidden or dim_out) for _ in range(num_experts))
 
     def forward(self, x, mask=None):
-        """Project x (..., D) to (..., O); returns (y, Routing). mask (...) bool, True = a real token (ValueError: of
-        another shape or dtype)."""
+        """Project x (..., D) to (..., O); returns (y, Routing). mask (...) is bool, True = a real token; any other is a
+        ValueError."""
         return mix(x, mask, self.gate, self.experts, self.top_k, self.renormalize)
 
 
@@ -99,8 +99,7 @@ def route(tokens, gate, top_k, renormalize):
 
 def combine(tokens, routing, experts):
     """The weighted sum of each token's experts: tokens (N, D) -> (N, O)."""
-    width = experts[0][-1].normalized_shape
-    y = tokens.new_zeros(tokens.shape[0], *width, dtype=routing.weights.dtype)  # (N, O)
+    y = routing.weights.new_zeros(len(tokens), *experts[0][-1].normalized_shape)  # (N, O)
     for e, expert in enumerate(experts):
         token, slot = torch.where(routing.experts == e)  # (n,): the tokens that chose it, as their slot-th best
         output = expert(tokens[token])  # (n, O)
@@ -179,7 +178,7 @@ class MultimodalSMoP(nn.Module):
 
     def forward(self, features, masks=None):
         """features {modality: (..., D)}, masks {modality: (...) bool, True = a real token}
-        -> ({modality: (..., O)}, MultimodalRouting). ValueError: a modality is unknown or has no mask."""
+        -> ({modality: (..., O)}, MultimodalRouting). A modality that is unknown or has no mask is a ValueError."""
         outputs, routing = {}, {}
         for modality, x in features.items():
             if modality not in self.router_of:

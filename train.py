@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import synthetic
 from data import FPS, ClipDataset, default_workers, load_corpus, make_loader, pack, plan_run
-from encoders import MODALITIES, default_window, is_trained
+from encoders import MODALITIES, is_trained
 from eval import evaluate, load_noise, parse_snr, record_routing, report, routing_statistics
 from model import LlamaSMoP, Losses
 from tools import run as runs
@@ -206,10 +206,8 @@ def build_model(args, tokenizer=None):
             raise InputError(f"--{flag(name)}: not valid JSON: {error}") from None
     names = "num_experts top_k dim_hidden audio_pool video_pool lora_rank lora_scale prompt".split()
     settings = {name: getattr(args, name) for name in [*names, "load_balancing_weight", "router_z_weight"]}
-    window = args.audio_window or default_window(parts[1])
-    return LlamaSMoP(
-        args.task, *parts, tokenizer=tokenizer, projector=args.projector.upper(), audio_window=window, **settings
-    )
+    settings |= {"projector": args.projector.upper(), "audio_window": args.audio_window}
+    return LlamaSMoP(args.task, *parts, tokenizer=tokenizer, **settings)
 
 
 def learning_rate(step, steps, warmup):
@@ -226,7 +224,8 @@ def learning_rate(step, steps, warmup):
 def train_steps(model, optimizer, plan, done, batches, valid_batches, run, args, at_epoch_end):
     """Run the steps that remain, plan[done:]. `batches` yields each step's batches in order and, after each epoch,
     `valid_batches` batches of the valid split for `at_epoch_end`."""
-    wrapped = runs.distribute(model, unused="video" in model.modalities and is_trained(model.video_encoder))
+    layer_drop = "video" in model.modalities and is_trained(model.video_encoder)  # skips AV-HuBERT's layers at random
+    wrapped = runs.distribute(model, unused=layer_drop)
     trained = optimizer.param_groups[0]["params"]
     bar = tqdm(total=len(plan), initial=done, unit="step", disable=not run.writes)
     with bar, runs.Signals() as signals:
@@ -254,10 +253,11 @@ def train_steps(model, optimizer, plan, done, batches, valid_batches, run, args,
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            run.log(step=number, epoch=step.epoch, **values, lr=rate, seconds_waited=round(batches.seconds, 2))
+            run.log(step=number, epoch=step.epoch, **values, lr=rate)
             bar.update()
             bar.set_postfix({name: f"{values[name]:.2f}" for name in ("lm", "load_balancing", "router_z")})
             if step.last:
+                runs.share_state(model)
                 at_epoch_end(model, step.epoch, number, islice(batches, valid_batches), run, args)
             if step.last or stop or args.save_every and number % args.save_every == 0:
                 run.save(model, optimizer, number)
@@ -275,7 +275,6 @@ def not_finite(values, number, ids, out):
 @torch.no_grad()
 def end_epoch(model, epoch, step, batches, run, args):
     """Loss and routing on the valid split, clean; `batches` are this process's share of it."""
-    runs.share_state(model)
     model.eval()
     lm, tokens = torch.zeros(2, device=model.device)
     with record_routing(model) as routings:
@@ -333,7 +332,7 @@ def train(args, resume=False, overwrite=False):
     optimizer = torch.optim.AdamW(trained, args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)
     run.facts = {"processes": world, "train split (checksum)": runs.fingerprint(clips)}
     done = run.restore(model, optimizer)
-    if run.writes:
+    if run.writes and not done:
         model.tokenizer.save_pretrained(run.path)
     noisy = "audio" in model.modalities and not isinstance(load, Features)
     noise = load_noise(args.noise, args.data) if noisy else None
@@ -344,14 +343,13 @@ def train(args, resume=False, overwrite=False):
     valid_batches = pack([clip.frames for clip in valid], args.max_frames)[rank::world]
     keys = keys_of(plan[done:], valid_batches, len(clips))
     dataset = ClipDataset([*clips, *valid], load, model.modalities, noise, None, args.seed, args.clean_epochs)
-    batches = runs.Timed(make_loader(dataset, keys, args.workers, device.type == "cuda"))
+    batches = iter(make_loader(dataset, keys, args.workers, device.type == "cuda"))
     if run.writes:
         describe(model, clips, plan)
     train_steps(model, optimizer, plan, done, batches, len(valid_batches), run, args, end_epoch)
 
     if args.average > 1:
         model.load_trained_state(run.average(range(args.epochs - args.average, args.epochs)))
-    runs.share_state(model)
     if run.writes:
         model.save(run.path)
         print(f"trained in {run.minutes():.1f} minutes; evaluating on the test split")
@@ -360,11 +358,11 @@ def train(args, resume=False, overwrite=False):
     if run.writes:
         about = {"data": args.data, "split": "test", "seed": args.seed, "training_minutes": round(run.minutes(), 1)}
         report(about | results, hypotheses, run.path)
-        draw(model, args, test[0].id, hypotheses[0]["hypothesis"], run.path / "clip.png")
+        draw(model, args, test[0].id, run.path / "clip.png")
     runs.leave_processes()
 
 
-def draw(model, args, name, hypothesis, path):
+def draw(model, args, name, path):
     """The picture of a test clip, for which the corpus is needed, also by a run on features."""
     try:
         clips, load = load_corpus(raw_of(args.data), "test")
@@ -375,7 +373,7 @@ def draw(model, args, name, hypothesis, path):
     except InputError as error:
         return print(f"no {path}: {error}")  # the features' corpus may be gone
     words = synthetic.word_times(clip.id) if clip.path is None else ()
-    draw_clip(model, clip, item, hypothesis, path, words)
+    draw_clip(model, clip, item, path, words)
     print(f"look at {path}: a test clip, and the experts that its tokens chose")
 
 

@@ -41,7 +41,7 @@ def test_a_batch_of_features_gives_the_losses_of_its_clips(encoded, task):
     clips, load = load_corpus("synthetic", "train")
     tokenizer = train_tokenizer([clip.text for clip in clips])
     torch.manual_seed(1)
-    model = train.LlamaSMoP(task, LLM, run, run, tokenizer, audio_window="clip")
+    model = train.LlamaSMoP(task, LLM, run, run, tokenizer)
     raw = ClipDataset(clips, load, ("audio", "video"), load_noise(None, "synthetic"))
     stored = ClipDataset(*load_corpus(folder, "train"), model.modalities)
     for version in range(2):
@@ -81,10 +81,10 @@ def test_a_run_on_features_is_evaluated_alike_from_features_and_clips(encoded, t
     with pytest.raises(InputError, match="snr5.safetensors: missing"):
         command(evaluation, tmp_path, "--snr", "clean", "5", "--device", "cpu")
     torch.manual_seed(3)
-    other = Encoders("avsr", encoded[0], AVHUBERT, audio_window="clip")
+    other = Encoders("avsr", encoded[0], AVHUBERT)
     with pytest.raises(InputError, match="features: not made with the model's video encoder"):
         Features(encoded[1]).check(other, {})
-    other = Encoders("asr", encoded[0], None, audio_pool=2, audio_window="clip")
+    other = Encoders("asr", encoded[0], None, audio_pool=2)
     with pytest.raises(InputError, match="model's audio encoder: pool 4, clip, weights .*, not pool 2"):
         Features(encoded[1]).check(other, {})
     for module in (encode, lips):

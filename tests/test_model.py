@@ -54,7 +54,7 @@ def test_worked_example_of_the_docstring(tmp_path):
 def test_total_is_the_transcripts_loss_and_the_weighted_routing():
     batch = collate(small_batch("asr"))
     losses = small_model("asr", load_balancing_weight=0.5, router_z_weight=0.25)(batch)
-    close(losses.routing, 0.5 * losses.load_balancing + 0.25 * losses.router_z)
+    close(losses.auxiliary, 0.5 * losses.load_balancing + 0.25 * losses.router_z)
     default = small_model("asr")(batch)
     close(default.total, default.lm + 0.01 * losses.load_balancing + 0.001 * losses.router_z)
     single = small_model("asr", "MLP")(batch)

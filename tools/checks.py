@@ -12,8 +12,7 @@ def tokens_and_faults(encoders, clips):
     """({modality: tokens of each clip}, {what is wrong with their lengths: (B,) bool})."""
     frames = torch.tensor([clip.frames for clip in clips])
     samples = frames * SAMPLES_PER_FRAME
-    lengths = {"audio": whisper_encoder.whisper_frames(samples), "video": frames}
-    counts = {modality: lengths[modality] // encoders.pools[modality] for modality in encoders.modalities}
+    counts = {m: encoders.tokens_of(m, samples if m == "audio" else frames) for m in encoders.modalities}
     faults = {f"too short for {m} pooling by {encoders.pools[m]}": count < 1 for m, count in counts.items()}
     if "audio" in encoders.modalities:
         faults["longer than Whisper's 30 s"] = samples > whisper_encoder.MAX_SAMPLES

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data import FPS, HEADER, OTHERS, SPLITS, ClipDataset, default_workers, load_corpus, make_loader, pack, write_table
-from encoders import MODALITIES, RATES, Encoders, default_window
+from encoders import MODALITIES, RATES, Encoders
 from eval import load_noise, parse_snr
 from tools import run as runs
 from tools.checks import check_lengths
@@ -138,12 +138,12 @@ def parse_args():
 
 def describe(args, encoders, corpora, noise):
     """features.json: all that the features depend on."""
-    facts = {name: getattr(args, name) for name in "task audio_window audio_pool video_pool copies seed".split()}
+    facts = {name: getattr(args, name) for name in "task audio_pool video_pool copies seed".split()}
     for name in ("data", "noise", "audio_encoder", "video_encoder"):
         value = getattr(args, name)
         facts[name] = os.path.abspath(value) if value and value != "synthetic" and os.path.exists(value) else value
     facts["snrs"] = [snr for snr in map(parse_snr, args.snr) if snr is not None]
-    facts["encoders"] = fingerprints(encoders)
+    facts["audio_window"], facts["encoders"] = encoders.audio_window, fingerprints(encoders)
     facts["clips"] = {split: runs.fingerprint(clips) for split, clips in corpora.items()}
     facts["sound of the noise"] = zlib.crc32(noise) if noise is not None else None
     facts["code"] = zlib.crc32(b"".join((HERE / f"{name}.py").read_bytes() for name in SOURCES))
@@ -169,7 +169,6 @@ def main():
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     rank, _, device = runs.join_processes(args.device)
     corpora, load = load_splits(args.data)
-    args.audio_window = args.audio_window or default_window(args.audio_encoder)
     parts = args.audio_encoder, args.video_encoder, args.audio_pool, args.video_pool, args.audio_window
     encoders = Encoders(args.task, *parts)
     check_lengths(encoders, [clip for clips in corpora.values() for clip in clips])

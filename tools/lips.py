@@ -122,12 +122,10 @@ def train(args):
     frames, characters = [clip.frames for clip in clips], [len(clip.text) for clip in clips]
     plan = plan_run(frames, characters, args.epochs, args.max_frames, 1, args.seed, rank, world)
     dataset = ClipDataset(clips, load, ("video",), seed=args.seed, clean_epochs=args.epochs // 4)
-    batches = runs.Timed(
-        make_loader(dataset, keys_of(plan[done:], [], len(clips)), args.workers, device.type == "cuda")
-    )
+    keys = keys_of(plan[done:], [], len(clips))
+    batches = iter(make_loader(dataset, keys, args.workers, device.type == "cuda"))
 
     def end_epoch(model, epoch, number, *_):
-        runs.share_state(model)
         if run.writes and epoch % 5 == 4:
             run.log(step=number, epoch=epoch, valid_wer=evaluate(model, valid, load, args.max_frames, args.workers)[0])
 

@@ -15,9 +15,10 @@ COLOURS = ["#264653", "#2a9d8f", "#e9c46a", "#e76f51", "#8d6a9f", "#7f7f7f", "#b
 
 
 @torch.no_grad()
-def draw_clip(model, clip, item, hypothesis, path, words=()):
+def draw_clip(model, clip, item, path, words=()):
     """Write a picture of `clip`, whose `item` is that of a ClipDataset. words: [(start, end, word)] in seconds, if known."""
-    _, counts, routing = model.project(collate([item]))
+    batch = collate([item])
+    [hypothesis], (_, _, routing) = model.generate(batch), model.project(batch)
     best = {m: r.experts[:, 0].tolist() for m, r in routing.by_modality.items()}  # of the largest weight, per token
     shown = [name for name in ("video", "audio") if name in item] + ["words"] * bool(words)
     heights = [{"video": 1.0, "audio": 1.2, "words": 0.35}[name] for name in shown] + [0.4] * len(best)

@@ -182,23 +182,6 @@ class Signals:
         signal.signal(number, signal.default_int_handler)
 
 
-class Timed:
-    """An iterator that counts the seconds for which its user has waited."""
-
-    def __init__(self, iterable):
-        self.iterator, self.seconds = iter(iterable), 0.0
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        start = time.time()
-        try:
-            return next(self.iterator)
-        finally:
-            self.seconds += time.time() - start
-
-
 # --- several processes -------------------------------------------------------------------------------------------
 
 
@@ -216,7 +199,7 @@ def join_processes(device):
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        # Sums over the valid split, and the lists that `gather` joins, are on the CPU, which NCCL does not take.
+        # gloo for `gather` and `wait`: NCCL would send the gathered lists through the GPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
 
@@ -240,7 +223,9 @@ def distribute(model, unused=False):
     """The model under DistributedDataParallel where there are several processes. unused: some steps skip parameters."""
     if not dist.is_initialized():
         return model
-    if model.device.type == "cuda":  # BatchNorm over all processes; torch has none for CPUs: there each has its own
+    if (
+        model.device.type == "cuda"
+    ):  # BatchNorm over all processes; on CPUs, for which torch has none, each takes its own batch
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return DistributedDataParallel(model, find_unused_parameters=unused)
 
@@ -270,7 +255,7 @@ def mean_over_processes(values):
 
 
 def share_state(model):
-    """Give all processes what process 0 has trained: on CPUs, each has its own BatchNorm statistics."""
+    """Give all processes what process 0 has trained: on CPUs, BatchNorm's statistics differ after the last step."""
     if dist.is_initialized():
         for tensor in model.trained_state().values():
             dist.broadcast(tensor, 0)
