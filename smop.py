@@ -99,7 +99,7 @@ def route(tokens, gate, top_k, renormalize):
 
 def combine(tokens, routing, experts):
     """The weighted sum of each token's experts: tokens (N, D) -> (N, O)."""
-    y = routing.weights.new_zeros(len(tokens), *experts[0][-1].normalized_shape)  # (N, O)
+    y = routing.weights.new_zeros(tokens.shape[0], *experts[0][-1].normalized_shape)  # (N, O)
     for e, expert in enumerate(experts):
         token, slot = torch.where(routing.experts == e)  # (n,): the tokens that chose it, as their slot-th best
         output = expert(tokens[token])  # (n, O)
