@@ -42,6 +42,7 @@ def test_a_batch_of_features_gives_the_losses_of_its_clips(encoded, task):
     tokenizer = train_tokenizer([clip.text for clip in clips])
     torch.manual_seed(1)
     model = train.LlamaSMoP(task, LLM, run, run, tokenizer)
+    assert model.audio_window == "clip"  # as in the run
     raw = ClipDataset(clips, load, ("audio", "video"), load_noise(None, "synthetic"))
     stored = ClipDataset(*load_corpus(folder, "train"), model.modalities)
     for version in range(2):
