@@ -223,9 +223,7 @@ def distribute(model, unused=False):
     """The model under DistributedDataParallel where there are several processes. unused: some steps skip parameters."""
     if not dist.is_initialized():
         return model
-    if (
-        model.device.type == "cuda"
-    ):  # BatchNorm over all processes; on CPUs, for which torch has none, each takes its own batch
+    if model.device.type == "cuda":  # BatchNorm over all processes; on CPUs, torch has none
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return DistributedDataParallel(model, find_unused_parameters=unused)
 
