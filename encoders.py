@@ -79,7 +79,7 @@ class Encoders(nn.Module):
         return counts
 
     def tokens_of(self, modality, lengths):
-        """How many tokens so many samples or video frames make; the remainder is dropped."""
+        """The number of tokens in `lengths` samples or video frames; the remainder is dropped."""
         return (whisper_frames(lengths) if modality == "audio" else lengths) // self.pools[modality]
 
     def encode_audio(self, batch):
