@@ -153,7 +153,7 @@ class LlamaSMoP(Encoders):
             embeddings, mask, labels, routing = self.embed(batch, batch["texts"])
             decoder, head = self.llm.get_decoder(), self.llm.get_output_embeddings()
             hidden = decoder(inputs_embeds=embeddings, attention_mask=mask, use_cache=False)[0]  # (B, L, D)
-            text = labels[:, 1:] != IGNORE  # (B, L - 1) bool: logits only where a transcript is predicted
+            text = torch.where(labels[:, 1:] != IGNORE)  # logits only where a transcript is predicted
             logits = head(hidden[:, :-1][text])  # (text tokens, vocabulary)
         lm = F.cross_entropy(logits.float(), labels[:, 1:][text])
         balance, z = routing.load_balancing_loss, routing.router_z_loss
@@ -168,7 +168,7 @@ class LlamaSMoP(Encoders):
         ids, labels = (x.to(self.device, non_blocking=True) for x in self.token_ids(counts, texts))
         embeddings = self.llm.get_input_embeddings()(ids.clamp(min=0))  # (B, L, D)
         for modality, x in features.items():
-            embeddings[ids == SLOT[modality]] = x.to(embeddings.dtype)
+            embeddings[torch.where(ids == SLOT[modality])] = x.to(embeddings.dtype)
         return embeddings, (ids != self.tokenizer.pad_token_id).long(), labels, routing
 
     def project(self, batch):
@@ -178,7 +178,7 @@ class LlamaSMoP(Encoders):
         masks = {modality: self.mask_of(counts[modality], x.shape[1]) for modality, x in features.items()}
         with self.autocast():
             features, routing = self.projector(features, masks)  # (B, tokens, D)
-        return {modality: x[masks[modality]] for modality, x in features.items()}, counts, routing
+        return {modality: x[torch.where(masks[modality])] for modality, x in features.items()}, counts, routing
 
     def token_ids(self, counts, texts=None):
         """Token ids (B, L) with SLOTs for the features, and labels (B, L): IGNORE except at each text and its EOS."""

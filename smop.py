@@ -99,12 +99,14 @@ def route(tokens, gate, top_k, renormalize):
 
 def combine(tokens, routing, experts):
     """The weighted sum of each token's experts: tokens (N, D) -> (N, O)."""
-    y = routing.weights.new_zeros(tokens.shape[0], *experts[0][-1].normalized_shape)  # (N, O)
-    for e, expert in enumerate(experts):
-        token, slot = torch.where(routing.experts == e)  # (n,): the tokens that chose it, as their slot-th best
-        output = expert(tokens[token])  # (n, O)
-        y.index_add_(0, token, routing.weights[token, slot, None] * output)
-    return y.to(output.dtype)
+    order = routing.experts.flatten().argsort(stable=True)  # (N*k,): all choices, expert by expert
+    sizes = F.one_hot(routing.experts, len(experts)).sum((0, 1)).tolist()  # in one call, since a GPU waits for it
+    token = order // routing.experts.shape[1]  # (N*k,): whose choice each is
+    inputs = tokens[token].split(sizes)  # E times (n, D)
+    outputs = torch.cat([expert(x) for expert, x in zip(experts, inputs)])  # (N*k, O)
+    weights = routing.weights.flatten()[order, None]  # (N*k, 1)
+    y = weights.new_zeros(tokens.shape[0], outputs.shape[-1])
+    return y.index_add(0, token, weights * outputs).to(outputs.dtype)
 
 
 def load_balancing_loss(logits, experts):

@@ -136,7 +136,8 @@ def test_mixture_compiles_and_exports():
     layer = SMoP(6, 5)
     x, mask = torch.randn(4, 7, 6), torch.rand(4, 7) > 0.3
     expected = layer(x, mask)[0]
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):  # as many tokens as the router likes
+    any_shape = {"capture_dynamic_output_shape_ops": True, "capture_scalar_outputs": True}  # the router decides
+    with torch._dynamo.config.patch(any_shape):
         y, _ = torch.compile(layer, backend="aot_eager", fullgraph=True)(x, mask)  # no C++ compiler needed
     close(y, expected)
     y.sum().backward()
