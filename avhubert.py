@@ -72,7 +72,7 @@ class LipResNet(nn.Module):
     def forward(self, video, mask):
         """mask (B, T) bool, True = a real frame. Only real frames pass, so padding cannot enter BatchNorm's statistics."""
         x = self.frontend3D[0](video.masked_fill(~mask[:, None, :, None, None], 0))  # (B, C, T, 44, 44)
-        real = torch.where(mask)  # indices: see smop.mix
+        real = torch.where(mask)  # indices: for a mask, the CPU waits for a GPU at each use
         x = x.transpose(1, 2)[real]  # (N, C, 44, 44)
         x = self.frontend3D[1:](x.transpose(0, 1).unsqueeze(0))  # (1, C, N, 22, 22): frames as one long clip
         x = x.squeeze(0).transpose(0, 1).contiguous(memory_format=torch.channels_last)  # for speed

@@ -153,7 +153,7 @@ class LlamaSMoP(Encoders):
             embeddings, mask, labels, routing = self.embed(batch, batch["texts"])
             decoder, head = self.llm.get_decoder(), self.llm.get_output_embeddings()
             hidden = decoder(inputs_embeds=embeddings, attention_mask=mask, use_cache=False)[0]  # (B, L, D)
-            text = torch.where(labels[:, 1:] != IGNORE)  # logits only where a transcript is predicted
+            text = torch.where(labels[:, 1:] != IGNORE)  # where a transcript is predicted; indices: see smop.mix
             logits = head(hidden[:, :-1][text])  # (text tokens, vocabulary)
         lm = F.cross_entropy(logits.float(), labels[:, 1:][text])
         balance, z = routing.load_balancing_loss, routing.router_z_loss
@@ -178,7 +178,8 @@ class LlamaSMoP(Encoders):
         masks = {modality: self.mask_of(counts[modality], x.shape[1]) for modality, x in features.items()}
         with self.autocast():
             features, routing = self.projector(features, masks)  # (B, tokens, D)
-        return {modality: x[torch.where(masks[modality])] for modality, x in features.items()}, counts, routing
+        real = {modality: torch.where(mask) for modality, mask in masks.items()}  # indices: see smop.mix
+        return {modality: x[real[modality]] for modality, x in features.items()}, counts, routing
 
     def token_ids(self, counts, texts=None):
         """Token ids (B, L) with SLOTs for the features, and labels (B, L): IGNORE except at each text and its EOS."""

@@ -1,7 +1,7 @@
 """Sparse Mixture of Projectors (SMoP), the projector of Llama-SMoP (arXiv 2505.14336). Needs only torch: copy it.
 
 A router sends every token to `top_k` of `num_experts` small MLPs; the output is their weighted sum. Parameters grow
-with `num_experts`, arithmetic only with `top_k`.
+with `num_experts`, arithmetic only with `top_k`. (On a GPU, the time grows a little with `num_experts`, too.)
 
     layer = SMoP(dim_in=1024, dim_out=2048, dim_hidden=2048, num_experts=4, top_k=2)
     y, routing = layer(x, mask)                       # x (..., 1024), mask (...) True = a real token; y (..., 2048)
@@ -77,7 +77,7 @@ def mix(x, mask, gate, experts, top_k, renormalize):
     if mask.shape != x.shape[:-1] or mask.dtype != torch.bool:
         got = f"mask {mask.dtype} {tuple(mask.shape)} for x {tuple(x.shape)}"
         raise ValueError(f"{got}: bool {tuple(x.shape[:-1])} expected")
-    real = torch.where(mask)  # indices, since a GPU waits each time a mask is used as one
+    real = torch.where(mask)  # indices: for a mask, the CPU waits for a GPU at each use, in the backward pass, too
     tokens = x[real]  # (N, D)
     routing = route(tokens, gate, top_k, renormalize)
     projected = combine(tokens, routing, experts)  # (N, O)
@@ -98,15 +98,15 @@ def route(tokens, gate, top_k, renormalize):
 
 
 def combine(tokens, routing, experts):
-    """The weighted sum of each token's experts: tokens (N, D) -> (N, O)."""
-    order = routing.experts.flatten().argsort(stable=True)  # (N*k,): all choices, expert by expert
-    sizes = F.one_hot(routing.experts, len(experts)).sum((0, 1)).tolist()  # in one call, since a GPU waits for it
+    """The weighted sum of each token's experts: tokens (N, D) -> (N, O). Each expert runs once, on all its tokens."""
+    order = routing.experts.flatten().argsort(stable=True)  # (N*k,): the choices, token * k + slot, expert by expert
     token = order // routing.experts.shape[1]  # (N*k,): whose choice each is
-    inputs = tokens[token].split(sizes)  # E times (n, D)
+    sizes = F.one_hot(routing.experts, len(experts)).sum((0, 1)).tolist()  # E numbers; the CPU waits for a GPU here
+    inputs = tokens[token].split(sizes)  # E times (n, D); where n is 0, the expert's gradients are 0
     outputs = torch.cat([expert(x) for expert, x in zip(experts, inputs)])  # (N*k, O)
     weights = routing.weights.flatten()[order, None]  # (N*k, 1)
-    y = weights.new_zeros(tokens.shape[0], outputs.shape[-1])
-    return y.index_add(0, token, weights * outputs).to(outputs.dtype)
+    y = weights.new_zeros(tokens.shape[0], outputs.shape[-1])  # (N, O)
+    return y.index_add_(0, token, weights * outputs).to(outputs.dtype)
 
 
 def load_balancing_loss(logits, experts):
