@@ -58,15 +58,18 @@ def make_share(share, args):
 
 
 def arguments(cell, seed, args):
-    """The command line of train.py, but for --out."""
+    """The command line of train.py, but for --out. All shares of the clips take the same number of steps."""
     given = {"data": share_folder(cell.share, args), "task": cell.task, "projector": cell.projector, "seed": seed}
     given |= {"llm": args.llms[cell.llm]} | (RECIPE if cell.llm in SCRATCH else PUBLISHED)
-    given |= {name: round(given[name] / cell.share) for name in ("epochs", "clean_epochs")}  # the same number of steps
     if cell.projector != "mlp":
         given |= {"num_experts": cell.num_experts, "top_k": cell.top_k}
     if not cell.balance:
         given["load_balancing_weight"] = 0.0
-    return flags(given | {"eval_snr": " ".join(SNRS), "workers": 0}) + args.extra
+    command = flags(given | {"eval_snr": " ".join(SNRS), "workers": 0}) + args.extra
+    if cell.share == 1:
+        return command
+    whole = parse_args(command)[0]
+    return command + flags({name: round(getattr(whole, name) / cell.share) for name in ("epochs", "clean_epochs")})
 
 
 def flags(given):

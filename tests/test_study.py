@@ -14,6 +14,7 @@ from data import ClipDataset, collate, load_corpus
 from study import bench, claims, page, reproduce
 from tools import encode
 from tools.errors import InputError
+from train import parse_args
 
 
 @pytest.mark.parametrize("num_beams", [1, 4])
@@ -73,6 +74,15 @@ def test_readme_counts_the_runs(monkeypatch):
     for line, runs in found:
         assert len(reproduce.runs_of(read_arguments(monkeypatch, line))) == int(runs), line
     assert found
+
+
+def test_shares_take_the_same_number_of_steps(monkeypatch):
+    args = read_arguments(monkeypatch, "--data grid --claims data -- --epochs 3")
+    clips_seen = set()
+    for cell, seed in reproduce.runs_of(args):
+        given = parse_args(reproduce.arguments(cell, seed, args))[0]
+        clips_seen.add((given.epochs * cell.share, given.clean_epochs * cell.share))
+    assert clips_seen == {(3, reproduce.RECIPE["clean_epochs"])}
 
 
 def test_tables_and_pictures_are_of_the_runs(monkeypatch, tmp_path):
