@@ -4,8 +4,8 @@
     features = encoder(video, mask)                                   # (B, 1, T, 88, 88) -> (B, T, D)
     encoder = AVHubertEncoder(dim=128, layers=2, heads=4, stem_width=8, trunk_widths=(8, 16, 32, 64))  # small, random
 
-A ResNet-18 with a 3-D stem turns each frame into a vector; its concatenation with the (here: absent, zero) audio half
-goes through a Transformer. Agrees with `facebookresearch/av_hubert`, see the tests.
+A ResNet-18 with a 3-D stem turns each frame into a vector. AV-HuBERT puts a vector of the sound before it; here that half
+is zero. A Transformer reads both. Agrees with `facebookresearch/av_hubert`, see the tests.
 
 Legend: B clips, T frames (25 a second), N real frames of the batch, C channels, D = dim.
 """
@@ -72,7 +72,7 @@ class LipResNet(nn.Module):
     def forward(self, video, mask):
         """mask (B, T) bool, True = a real frame. Only real frames pass, so padding cannot enter BatchNorm's statistics."""
         x = self.frontend3D[0](video.masked_fill(~mask[:, None, :, None, None], 0))  # (B, C, T, 44, 44)
-        real = torch.where(mask)  # indices: for a mask, the CPU waits for a GPU at each use
+        real = torch.where(mask)  # indices: with a mask, the CPU waits for a GPU at each use
         x = x.transpose(1, 2)[real]  # (N, C, 44, 44)
         x = self.frontend3D[1:](x.transpose(0, 1).unsqueeze(0))  # (1, C, N, 22, 22): frames as one long clip
         x = x.squeeze(0).transpose(0, 1).contiguous(memory_format=torch.channels_last)  # for speed
@@ -215,7 +215,8 @@ def load_inert(path):
     """torch.load of somebody else's checkpoint on the CPU, without running anything in it.
 
     torch's weights-only reader builds tensors and plain containers. Objects of the packages in FOREIGN become empty
-    stand-ins; a file that names anything else is refused, and one that is larger unpacked: torch does not compress.
+    stand-ins. A file that names anything else is refused. So is one that unpacks to more than its own size, since torch
+    does not compress.
     """
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such checkpoint")

@@ -71,10 +71,9 @@ def load_synthetic(clip, modality):
 def read_manifest(path, allow_empty=False):
     """List of `Clip` of a manifest: a CSV with the columns id,path,frames,text, `path` relative to its own folder.
 
-    The label files of auto_avsr (no header; dataset,rel_path,frames,text) and of Llama-AVSR (a number more before the
-    text, unused), in `labels/` beside the folder `dataset`, are read too; where they hold token ids, the transcript
-    comes from auto_avsr's text folder.
-    A fault is an InputError that names the file and the line.
+    It also reads the label files of auto_avsr (no header; dataset,rel_path,frames,text) and of Llama-AVSR (the same with an
+    unused number before the text). They lie in `labels/`, beside the folder `dataset`. If the text is auto_avsr's token
+    ids, the transcript comes from its text folder. A fault raises an InputError that names the file and the line.
     """
     clips = list(manifest_rows(path, allow_empty))
     for clip in clips:
@@ -182,8 +181,6 @@ def load_media(clip, modality):
 def crop_video(frames, rng=None):
     """Grey frames (T, H, W) -> (T, 88, 88) tensor: the centre; with `rng` a random place, flipped half of the time."""
     height, width = frames.shape[1:3]
-    if min(height, width) < CROP:
-        raise InputError(f"frames of {width}x{height} pixels: mouth regions of at least {CROP}x{CROP} are expected")
     top, left = round((height - CROP) / 2), round((width - CROP) / 2)
     if rng is not None:
         top, left = rng.randint(0, height - CROP), rng.randint(0, width - CROP)
@@ -346,11 +343,8 @@ def plan_run(frames, tokens, epochs, max_frames, accumulate=1, seed=0, rank=0, w
 
 def make_loader(dataset, batches, workers, pin_memory=False):
     """A loader of `batches`, an iterable of lists of a ClipDataset's keys, read ahead by `workers` processes."""
-    return DataLoader(
-        dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, worker_init_fn=leave_group,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # the iterator draws a seed, which would change the global state and so dropout
-    )  # fmt: skip
+    settings = {"num_workers": workers, "worker_init_fn": leave_group, "pin_memory": pin_memory}
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **settings)
 
 
 def default_workers(device):
@@ -397,7 +391,7 @@ def check_corpus(folder, modalities):
 def main():
     from encoders import MODALITIES  # only here: reading data needs no model
 
-    parser = argparse.ArgumentParser(description="Read all clips of train.csv, valid.csv, test.csv; list all faults.")
+    parser = argparse.ArgumentParser(description="Read every clip of a folder's manifests and list all faults.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--task", choices=MODALITIES, default="avsr", help="what is read (default: avsr)")
     args = parser.parse_args()

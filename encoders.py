@@ -6,7 +6,7 @@
 The paper freezes both (but for LoRA in AV-HuBERT for VSR, which is not implemented here), so tools/encode.py can compute
 this once for all runs. A batch then holds features in place of sound and video, and `encode` passes them through.
 
-Legend: B clips, S samples, T frames, D an encoder's width. A token is the mean of `pool` frames.
+Legend: B clips, S samples, T frames (50 a second of sound, 25 of video), D an encoder's width. A token is the mean of `pool` frames.
 """
 
 import json
@@ -90,7 +90,7 @@ class Encoders(nn.Module):
         if samples.max() > window:
             raise InputError(f"{batch['ids'][int(samples.argmax())]}: longer than Whisper's 30 s")
         if self.audio_window == "clip":  # a frame more: at its edge, a spectrogram reflects the sound
-            window = min((longest + 1) * whisper_encoder.SAMPLES_PER_FRAME, window)
+            window = min((longest + 1) * whisper_encoder.SAMPLES_PER_WHISPER_FRAME, window)
         audio = batch["audio"].to(self.device, non_blocking=True)  # (B, S)
         audio = audio.masked_fill(~self.mask_of(samples, audio.shape[1]), 0)
         mel = log_mel(F.pad(audio, (0, window - audio.shape[1])), self.mel_filters)  # (B, mels, window / 160)

@@ -50,7 +50,7 @@ def name_snr(snr):
 
 
 def load_noise(path, data):
-    """The noise of a file, or babble made of the train split of `data` where there is none."""
+    """The noise in the file `path`; without a path, babble made from the train split of `data`."""
     if not path:
         return make_babble(*load_corpus(data, "train"))
     noise = load_audio(path)
@@ -63,7 +63,7 @@ def load_noise(path, data):
 
 
 def evaluate(model, clips, load, noise=None, snrs=(None,), num_beams=1, max_frames=2000, workers=0, normalize=False):
-    """(results, hypotheses): the WER at each SNR with its interval, the routing on the first one, and every text.
+    """(results, hypotheses): the WER at each SNR with its interval, the routing at the first SNR, and every text.
 
     Under torchrun the processes share the clips, and each one returns the whole.
     """

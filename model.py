@@ -77,15 +77,16 @@ class LlamaSMoP(Encoders):
     video_encoder: a fairseq checkpoint of AV-HuBERT, the folder of a run that trained one, or a dict of AVHubertEncoder's
         arguments.
     tokenizer: of transformers; by default the LLM's own. A random LLM needs one, see tools/tokenizer.py.
-    projector: "DEDR", "JEDR", "JEJR", or "MLP" (one expert: the projector of Llama-AVSR).
+    projector: `config` of MultimodalSMoP ("DEDR", "JEDR", "JEJR"), or "MLP" (one expert: the projector of Llama-AVSR).
     num_experts, top_k, dim_hidden: of each mixture; dim_hidden defaults to the LLM's width.
     audio_pool, video_pool: features averaged into one token (the paper's downsampling factors).
-    audio_window: "30s" gives Whisper 30 seconds, the default for a pretrained one, which was trained so; "clip" only the
-        clip, which costs a tenth for clips of 3 s: the default for a random one. A run's encoder keeps that of its run.
+    audio_window: how much Whisper hears. "30s": always 30 seconds, as it was trained; the default for a pretrained one.
+        "clip": only the clip, a tenth of the cost for clips of 3 s; the default for a random one. An encoder from a run
+        keeps the window of that run.
     lora_rank: default a 32nd of the LLM's width; lora_scale: factor of the update (published: rank 64 at width 2048, 0.125).
     prompt: default PROMPTS[task], and none for a random LLM, which has nothing to recall.
     load_balancing_weight, router_z_weight: of the two routing losses; "MLP" has neither.
-    tokens_per_second: of the fastest speech in training; it bounds the length of a transcript, see `most_tokens`.
+    tokens_per_second: of the transcript, in the fastest speech in training; it bounds the length of a transcript, see `most_tokens`.
 
         what is trained       pretrained (the paper)       from a dict (the default run)
         Whisper, AV-HuBERT    nothing                      everything
@@ -120,8 +121,8 @@ class LlamaSMoP(Encoders):
         tokens_per_second=None,
     ):
         super().__init__(task, audio_encoder, video_encoder, audio_pool, video_pool, audio_window)
-        audio_window = self.audio_window
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "tokenizer", "__class__")}
+        audio_window = self.audio_window  # where it was None, the default that Encoders chose
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "tokenizer", "__class__")}  # for save()
         if projector not in (known := ["MLP", *MultimodalSMoP.CONFIGS]):
             raise InputError(f"projector must be one of {', '.join(known)}, got {projector!r}")
         self.llm, self.tokenizer = load_llm(llm, tokenizer, lora_rank, lora_scale)
@@ -345,7 +346,7 @@ class EndAfter(LogitsProcessor):
 
 
 def check_shapes(own, state):
-    """An InputError unless two {name: tensor} have the same names and shapes."""
+    """Raise an InputError unless two {name: tensor} have the same names and shapes."""
     for name in own | state:
         here, there = (
             tuple(x.shape) if isinstance(x, torch.Tensor) else None for x in (own.get(name), state.get(name))
@@ -372,7 +373,7 @@ def load_llm(source, tokenizer, lora_rank, lora_scale):
     llm = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
     llm.generation_config = GenerationConfig()  # a checkpoint's own may sample or punish repetition
     ours, own = len(tokenizer) - 1 - len(MARKERS), llm.get_input_embeddings().num_embeddings
-    if ours > own:  # a larger one would be resized, with random rows for words
+    if ours > own:  # a tokenizer with more tokens would enlarge the LLM, with random rows for words
         raise InputError(f"{source}: it knows {own} tokens, but its tokenizer (or the run's) has {ours}")
     if len(tokenizer) > own:
         llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)

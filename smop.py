@@ -1,7 +1,8 @@
 """Sparse Mixture of Projectors (SMoP), the projector of Llama-SMoP (arXiv 2505.14336). Needs only torch: copy it.
 
 A router sends every token to `top_k` of `num_experts` small MLPs; the output is their weighted sum. Parameters grow
-with `num_experts`, arithmetic only with `top_k`. (On a GPU, the time grows a little with `num_experts`, too.)
+with `num_experts`, arithmetic only with `top_k`. (On a GPU, the time grows with `num_experts`, too:
+16 experts take 1.5 times as long as 4.)
 
     layer = SMoP(dim_in=1024, dim_out=2048, dim_hidden=2048, num_experts=4, top_k=2)
     y, routing = layer(x, mask)                       # x (..., 1024), mask (...) True = a real token; y (..., 2048)
@@ -29,11 +30,11 @@ from torch import nn
 
 
 class Routing(NamedTuple):
-    """What the router decided for the N real tokens, x[mask] in this order."""
+    """What the router decided for each of the N real tokens, in the order of x[mask]."""
 
-    logits: torch.Tensor  # (N, E) in float32, or float64 as x
+    logits: torch.Tensor  # (N, E) float32; float64 if x is
     weights: torch.Tensor  # (N, k) of the chosen experts, best first
-    experts: torch.Tensor  # (N, k) int64
+    experts: torch.Tensor  # (N, k) int64: the numbers of the chosen experts
     load_balancing_loss: torch.Tensor  # ()
     router_z_loss: torch.Tensor  # ()
 
@@ -58,8 +59,8 @@ class SMoP(nn.Module):
         self.experts = nn.ModuleList(make_expert(dim_in, dim_out, dim_hidden or dim_out) for _ in range(num_experts))
 
     def forward(self, x, mask=None):
-        """Project x (..., D) to (..., O); returns (y, Routing). mask (...) is bool, True = a real token; any other is a
-        ValueError."""
+        """Project x (..., D) to (..., O); returns (y, Routing). mask (...) is bool, True = a real token; any other
+        mask raises a ValueError."""
         return mix(x, mask, self.gate, self.experts, self.top_k, self.renormalize)
 
 
@@ -77,7 +78,7 @@ def mix(x, mask, gate, experts, top_k, renormalize):
     if mask.shape != x.shape[:-1] or mask.dtype != torch.bool:
         got = f"mask {mask.dtype} {tuple(mask.shape)} for x {tuple(x.shape)}"
         raise ValueError(f"{got}: bool {tuple(x.shape[:-1])} expected")
-    real = torch.where(mask)  # indices: for a mask, the CPU waits for a GPU at each use, in the backward pass, too
+    real = torch.where(mask)  # indices: with a mask, the CPU waits for a GPU at each use, in the backward pass too
     tokens = x[real]  # (N, D)
     routing = route(tokens, gate, top_k, renormalize)
     projected = combine(tokens, routing, experts)  # (N, O)
@@ -91,15 +92,15 @@ def route(tokens, gate, top_k, renormalize):
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     with torch.autocast(tokens.device.type, enabled=False):
         logits = F.linear(tokens.to(dtype), gate.weight.to(dtype))  # (N, E)
-        weights, experts = logits.softmax(-1).topk(top_k)  # (N, k)
+        weights, chosen = logits.softmax(-1).topk(top_k)  # (N, k)
         if renormalize:
             weights = weights / weights.sum(-1, keepdim=True)
-        return Routing(logits, weights, experts, load_balancing_loss(logits, experts), router_z_loss(logits))
+        return Routing(logits, weights, chosen, load_balancing_loss(logits, chosen), router_z_loss(logits))
 
 
 def combine(tokens, routing, experts):
     """The weighted sum of each token's experts: tokens (N, D) -> (N, O). Each expert runs once, on all its tokens."""
-    order = routing.experts.flatten().argsort(stable=True)  # (N*k,): the choices, token * k + slot, expert by expert
+    order = routing.experts.flatten().argsort(stable=True)  # (N*k,): the choices (token * k + slot), sorted by expert
     token = order // routing.experts.shape[1]  # (N*k,): whose choice each is
     sizes = F.one_hot(routing.experts, len(experts)).sum((0, 1)).tolist()  # E numbers; the CPU waits for a GPU here
     inputs = tokens[token].split(sizes)  # E times (n, D); where n is 0, the expert's gradients are 0
@@ -109,17 +110,17 @@ def combine(tokens, routing, experts):
     return y.index_add_(0, token, weights * outputs).to(outputs.dtype)
 
 
-def load_balancing_loss(logits, experts):
+def load_balancing_loss(logits, chosen):
     """E * sum over e of f_e * P_e: small when the tokens are spread evenly over the experts.
 
     f_e is the share of tokens that chose expert e in any of their k slots, P_e its mean probability. Experts that are
     chosen equally often give k, a collapsed router up to E. No tokens give 0.
-    logits (N, E), experts (N, k). Source: Switch Transformer (arXiv 2101.03961), eq. 4-6, summed over the slots as in
-    the authors' published code.
+    logits (N, E), chosen (N, k) int64: numbers of experts. Source: Switch Transformer (arXiv 2101.03961), eq. 4-6, summed
+    over the slots as in the authors' published code.
     """
     num_experts = logits.shape[-1]
-    chosen = F.one_hot(experts, num_experts).sum(-2).to(logits.dtype)  # (N, E)
-    return num_experts * (token_mean(chosen) * token_mean(logits.softmax(-1))).sum()
+    hits = F.one_hot(chosen, num_experts).sum(-2).to(logits.dtype)  # (N, E)
+    return num_experts * (token_mean(hits) * token_mean(logits.softmax(-1))).sum()
 
 
 def router_z_loss(logits):
@@ -138,9 +139,9 @@ def token_mean(x):
 
 
 class MultimodalRouting(NamedTuple):
-    """Routing by modality, and the two losses to train with: each router's over all the tokens that it routes, summed
-    over the routers. When balanced, the first is top_k for a joint router, and top_k times the number of modalities for
-    disjoint ones."""
+    """Routing by modality, and the two losses to train with. Each router's loss is over all tokens that it routes; the
+    losses of several routers are added. If the tokens are spread evenly, load_balancing_loss is top_k for a joint router
+    and top_k times the number of modalities for disjoint ones."""
 
     by_modality: dict[str, Routing]
     load_balancing_loss: torch.Tensor
@@ -180,7 +181,8 @@ class MultimodalSMoP(nn.Module):
 
     def forward(self, features, masks=None):
         """features {modality: (..., D)}, masks {modality: (...) bool, True = a real token}
-        -> ({modality: (..., O)}, MultimodalRouting). A modality that is unknown or has no mask is a ValueError."""
+        -> ({modality: (..., O)}, MultimodalRouting). An unknown modality, or one without a mask, raises a
+        ValueError."""
         outputs, routing = {}, {}
         for modality, x in features.items():
             if modality not in self.router_of:
@@ -193,6 +195,6 @@ class MultimodalSMoP(nn.Module):
         balance, z = 0, 0
         for router in dict.fromkeys(self.router_of[modality] for modality in features):
             own = [r for modality, r in routing.items() if self.router_of[modality] == router]
-            logits, experts = torch.cat([r.logits for r in own]), torch.cat([r.experts for r in own])
-            balance, z = balance + load_balancing_loss(logits, experts), z + router_z_loss(logits)
+            logits, chosen = torch.cat([r.logits for r in own]), torch.cat([r.experts for r in own])
+            balance, z = balance + load_balancing_loss(logits, chosen), z + router_z_loss(logits)
         return outputs, MultimodalRouting(routing, balance, z)

@@ -196,7 +196,7 @@ def parse_args(argv=None):
 
 
 def build_model(args, tokenizer=None):
-    """LlamaSMoP as the arguments say. tokenizer: by default that of the LLM; a random one needs it."""
+    """LlamaSMoP as the arguments say. tokenizer: by default that of the LLM; a random LLM needs one."""
     parts = []
     for name in ("llm", "audio_encoder", "video_encoder"):
         source = getattr(args, name)

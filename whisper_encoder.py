@@ -17,7 +17,8 @@ from tools.errors import InputError
 
 SAMPLE_RATE = 16_000
 FRAME_RATE = 50  # encoder frames a second
-SAMPLES_PER_FRAME = SAMPLE_RATE // FRAME_RATE  # 320
+
+SAMPLES_PER_WHISPER_FRAME = SAMPLE_RATE // FRAME_RATE  # 320
 MEL_PER_FRAME = 2
 MAX_SECONDS = 30  # what Whisper hears
 MAX_SAMPLES = MAX_SECONDS * SAMPLE_RATE
@@ -26,7 +27,8 @@ MAX_SAMPLES = MAX_SECONDS * SAMPLE_RATE
 def whisper_frames(samples):
     """How many encoder frames are kept of clips of `samples` (B,) samples: 50 a second, at least 25, at most 1500.
 
-    In integers and per clip; the published code takes the longest clip of the batch, in the default dtype.
+    In integers and per clip. The published code has the same bounds; it takes the longest clip of the batch, in the default
+    dtype.
     """
     return (samples * FRAME_RATE // SAMPLE_RATE).clamp(25, MAX_SECONDS * FRAME_RATE)
 

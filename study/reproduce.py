@@ -77,7 +77,7 @@ def flags(given):
 
 
 def check(run, folder, args):
-    """An InputError if a run is there that was trained with other arguments."""
+    """Raise an InputError if a run is there that was trained with other arguments."""
     if (folder / "args.json").is_file():
         found = json.loads((folder / "args.json").read_text())
         asked = dataclasses.asdict(parse_args(arguments(*run, args))[0])

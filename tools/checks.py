@@ -20,12 +20,12 @@ def tokens_and_faults(encoders, clips):
 
 
 def check_lengths(encoders, clips):
-    """An InputError names clips (20 at most) whose length these encoders cannot take; no clip is read."""
+    """Raise an InputError that names the clips (20 at most) whose length these encoders cannot take. Reads no clip."""
     refuse(clips, tokens_and_faults(encoders, clips)[1])
 
 
 def check_clips(model, clips):
-    """An InputError names clips (20 at most) whose length or transcript this model cannot take; no clip is read."""
+    """Raise an InputError that names the clips (20 at most) whose length or transcript this model cannot take. Reads no clip."""
     counts, faults = tokens_and_faults(model, clips)
     texts = [clip.text for clip in clips]
     tokens = model.count_tokens(texts)
@@ -38,7 +38,7 @@ def check_clips(model, clips):
 
 
 def refuse(clips, faults):
-    """An InputError that names the clips of each fault, if there are any."""
+    """Raise an InputError that names the clips of each fault, if there are any."""
     found = [f"{clips[i].id}: {fault}" for fault, where in faults.items() for i in where.nonzero().flatten()]
     if found:
         more = f"; and {len(found) - 20} more" if len(found) > 20 else ""

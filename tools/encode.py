@@ -6,7 +6,8 @@
 
 A frozen encoder gives the same features of a clip in every epoch and run, unless the clip is augmented. So `--copies`
 augmented copies of each train clip are stored. Training takes one of them for each clip and epoch; in its clean epochs, and
-on the valid split, it takes the clip as it is. The test split (and others) is encoded clean and at each SNR.
+on the valid split, it takes the clip as it is. The test split (and `others`, a split of new
+talkers) is encoded clean and at each SNR.
 tools/features.py says what OUT holds. Repeat an interrupted command to continue it, shard by shard.
 """
 
@@ -136,7 +137,7 @@ def parse_args():
     return parser.parse_args()
 
 
-def describe(args, encoders, corpora, noise):
+def facts_of(args, encoders, corpora, noise):
     """features.json: all that the features depend on."""
     facts = {name: getattr(args, name) for name in "task audio_pool video_pool copies seed".split()}
     for name in ("data", "noise", "audio_encoder", "video_encoder"):
@@ -174,7 +175,7 @@ def main():
     check_lengths(encoders, [clip for clips in corpora.values() for clip in clips])
     needs_noise = "audio" in encoders.modalities and corpora.keys() != {"valid"}
     noise = load_noise(args.noise, args.data) if needs_noise else None
-    facts = describe(args, encoders, corpora, noise)
+    facts = facts_of(args, encoders, corpora, noise)
     encoders.requires_grad_(False).eval().to(device)
     with begin(args.out, facts, corpora) if rank == 0 else nullcontext():
         if rank == 0:

@@ -1,7 +1,8 @@
 """Read the features that tools/encode.py stored, and check what they were made from.
 
-Their folder holds features.json; the manifests, in which the `path` of a clip is its shard, SPLIT/NUMBER; and in each shard
-one safetensors file per version, with the tensors ID.audio and ID.video, (tokens, D) in float16. The versions are "clean",
+Their folder holds features.json and the manifests. A shard is a folder of up to 1000 clips, SPLIT/NUMBER; a clip's `path`
+in the manifest is its shard. It has one safetensors file per version, with the tensors ID.audio and ID.video, (tokens, D)
+in float16. The versions are "clean",
 "copy0", "copy1", ... (augmented as in training) and "snr5", "snr-5", ... (noise at that many dB).
 """
 
@@ -15,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from tools.errors import InputError
 
 FACTS = "features.json"
-# Entries of features.json that are also arguments of train.py.
+# What train.py takes over from features.json.
 SETTINGS = "audio_encoder video_encoder audio_window audio_pool video_pool noise".split()
 
 
@@ -33,7 +34,7 @@ class Features:
             raise InputError(f"{file}: {error}") from None
 
     def check(self, model, versions):
-        """An InputError unless these features were made with the model's encoders and {version: clips} are there."""
+        """Raise an InputError unless these features were made with the model's encoders and {version: clips} are there."""
         for modality, asked in fingerprints(model).items():
             if (found := self.facts["encoders"].get(modality)) is None:
                 raise InputError(f"{self.folder}: no {modality} in these features; give another --task")

@@ -72,8 +72,8 @@ class LipReader(Encoders):
 
 
 def check_spelling(clips):
-    """An InputError unless the transcripts fit: CTC writes at most a character a frame, and needs a blank between two that
-    are the same."""
+    """Raise an InputError unless the transcripts fit: CTC writes at most a character a frame, and needs a blank between
+    two that are the same."""
     for clip in clips:
         repeats = sum(a == b for a, b in zip(clip.text, clip.text[1:]))
         if len(clip.text) + repeats > clip.frames:

@@ -1,7 +1,8 @@
 """The machinery of a run: its folder, lock, checkpoints and log; signals; several processes.
 
-A run folder holds args.json (what it was asked for), checkpoint.pt (where it stands), metrics.jsonl (a line a step and a
-line an epoch), epoch-N.safetensors (weights to average), and when training ends what `LlamaSMoP.save` and eval.py write.
+A run folder holds args.json (what it was asked for), the tokenizer, checkpoint.pt (where it stands), metrics.jsonl (one
+line per step and per epoch) and epoch-N.safetensors (weights to average). `lock` is held while a process works on it. When
+training ends, `LlamaSMoP.save`, eval.py and train.py (clip.png) add theirs.
 """
 
 import errno
