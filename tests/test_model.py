@@ -4,14 +4,13 @@ That the model computes the numbers of the authors' code is in test_parity.py.
 """
 
 import json
-import re
 import unicodedata
 
 import pytest
 import torch
 import torch.nn.functional as F
 from common import (
-    AVHUBERT, LLM, PROJECTORS, ROOT, WHISPER, WORDS, byte_level_tokenizer, close, small_batch, small_model, write_llama,
+    AVHUBERT, LLM, PROJECTORS, WHISPER, WORDS, byte_level_tokenizer, close, small_batch, small_model, write_llama,
     write_tokenizer, write_whisper,
 )  # fmt: skip
 from safetensors.torch import load_file
@@ -105,7 +104,6 @@ def test_generate_leaves_the_model_as_it_was():
         model.generate(collate(small_batch(seconds=[0.4, 0.04, 0.04])))
     assert model.training and model.video_encoder.training  # after a fault, too
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())  # BatchNorm's statistics, too
-    assert all(p.grad is None for p in model.parameters())
 
 
 def test_frozen_parts_stay_in_eval_mode():
@@ -316,7 +314,6 @@ def test_runs_that_do_not_fit_are_refused(tmp_path):
     ({"audio_encoder": WHISPER | {"width": 3}}, "WhisperConfig has no width"),
     ({"video_encoder": AVHUBERT | {"width": 3}}, "video_encoder: .*'width'"),
     ({"video_encoder": None}, "video_encoder: a checkpoint, a run folder or"),
-    ({"video_encoder": "nowhere.pt"}, "nowhere.pt: no such checkpoint"),
     ({"video_encoder": AVHUBERT | {"dim": 64}, "projector": "JEDR"}, "JEDR shares its experts: encoders must be"),
     ({"tokenizer": None}, "a random LLM needs a tokenizer: see train_tokenizer"),
 ])  # fmt: skip
@@ -353,14 +350,6 @@ def test_folder_that_brings_code_is_refused(tmp_path, part, monkeypatch):
     with pytest.raises(ValueError, match="trust_remote_code"):
         LlamaSMoP.load(folder) if part == "run" else LlamaSMoP("asr", folder, WHISPER, tokenizer=model.tokenizer)
     assert not (tmp_path / "ran").exists()
-
-
-def test_nothing_unpickles_freely():
-    for path in (path for folder in (".", "tools", "study") for path in (ROOT / folder).glob("*.py")):
-        if not path.name.startswith("test_"):
-            text = path.read_text()
-            assert text.count("torch.load(") == len(re.findall(r"torch\.load\([^)]*weights_only=True", text)), path
-            assert not re.search(r"import pickle|allow_pickle|weights_only=False|trust_remote_code=True", text), path
 
 
 # --- transcripts -------------------------------------------------------------------------------------------------
@@ -414,7 +403,7 @@ def test_clips_that_do_not_fit_the_model_are_all_named():
         check_clips(model, clips[3:4])
 
 
-def test_clips_that_the_model_is_given_all_the_same():
+def test_a_clip_of_over_30_s_is_refused_by_the_model_itself():
     long = {"id": "long", "text": "now", "audio": torch.zeros(480_640)}
     with pytest.raises(InputError, match="long: longer than Whisper's 30 s"):
         small_model("asr")(collate([long]))

@@ -7,17 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from common import GOLDEN, SHARED, needs_shared, run, write_picture
+from common import GOLDEN, SHARED, command, needs_faces, needs_shared, run, write_picture
 
 from data import load_media, read_manifest
 from tools import prepare
 from tools.corpora import find_clips
 from tools.errors import InputError
 from tools.media import load_audio, load_video, video_frames
-
-
-def need_dlib():
-    pytest.importorskip("dlib", reason="dlib is not installed: pip install -r requirements-extra.txt")
 
 
 def grid_frames(name):
@@ -35,14 +31,6 @@ def test_mouth_regions_equal_published_ones(name):
     mouths = prepare.cut_mouths(frames, golden[f"{name}.landmarks"])
     assert mouths.shape == golden[f"{name}.roi"].shape
     assert np.abs(mouths.astype(int) - golden[f"{name}.roi"]).mean() < 2
-
-
-@needs_shared
-def test_a_followed_face_has_the_published_landmarks():
-    need_dlib()
-    found = prepare.find_landmarks(grid_frames("pgak2n"))
-    golden = np.load(GOLDEN / "mouth.npz")["pgak2n.landmarks"]
-    assert np.abs(found.astype(int) - golden).mean() < 0.5  # pixels
 
 
 def test_similarity_and_gaps():
@@ -64,10 +52,9 @@ def test_missing_dlib_is_said(monkeypatch):
     prepare._dlib.cache_clear()
 
 
-@needs_shared
+@needs_faces
 def test_larger_face_is_followed():
     """Two faces; the larger is covered for 3 frames, which must not lead to the other, and later for good."""
-    need_dlib()
     large, small = (np.stack(list(grid_frames(name))[:24]) for name in ("pgak2n", "sgwqzp"))
     rows, columns = np.arange(0, 288, 1.25).astype(int), np.arange(0, 360, 1.25).astype(int)
     frames = np.zeros((24, 288, 360 + len(columns), 3), np.uint8)
@@ -228,12 +215,11 @@ def write_clip(path, picture, sound, text="hello"):
 
 def prepare_here(monkeypatch, *arguments):
     """The command in this process, on clips that are mouths already. Returns its exit status."""
-    monkeypatch.setattr(sys, "argv", ["prepare", *map(str, arguments)])
     monkeypatch.setattr(prepare, "ProcessPoolExecutor", ThreadPoolExecutor)  # whose threads see what is replaced here
     monkeypatch.setattr(prepare, "find_mouths", load_video)
     monkeypatch.setattr(prepare, "_dlib", lambda: None)
     with pytest.raises(SystemExit) as end:
-        prepare.main()
+        command(prepare, *arguments)
     return end.value.code
 
 
@@ -293,9 +279,8 @@ def test_out_dir_must_lie_outside(tmp_path, monkeypatch):
             prepare_here(monkeypatch, tmp_path, out)
 
 
-@needs_shared
+@needs_faces
 def test_real_faces(tmp_path):
-    need_dlib()
     raw, out = tmp_path / "raw", tmp_path / "out"
     write_clip(raw / "s1" / "bbaf2n.mp4", 1, 1)  # a brightening square
     (raw / "s1" / "pgak2n.mp4").symlink_to(SHARED / "grid" / "video" / "pgak2n.mp4")

@@ -44,20 +44,17 @@ def train_here(folder, *arguments):
 # --- the gradient of a step --------------------------------------------------------------------------------------
 
 
-def uneven_clips():
-    """One long and three short transcripts, in the lengths of audio and in tokens."""
+def model_and_uneven_clips():
+    """A model without routing losses; one long and three short clips, in seconds and in tokens."""
     texts = ("lay blue at a one now set red by b two soon", "now", "set", "a")
-    return small_batch("asr", seconds=(1.6, 0.8, 0.6, 0.9), texts=texts)
-
-
-def without_routing_losses():
-    return small_model("asr", num_experts=8, top_k=1, load_balancing_weight=0.0, router_z_weight=0.0)
+    model = small_model("asr", num_experts=8, top_k=1, load_balancing_weight=0.0, router_z_weight=0.0)
+    return model, small_batch("asr", seconds=(1.6, 0.8, 0.6, 0.9), texts=texts)
 
 
 def _step(rank, folder):
     """One of two processes: a step of train_steps, by plain gradient descent at the rate 1."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    model, items = without_routing_losses(), uneven_clips()
+    model, items = model_and_uneven_clips()
     frames, texts = [len(item["audio"]) // 640 for item in items], [item["text"] for item in items]
     plan = plan_run(frames, model.count_tokens(texts).tolist(), 1, 40, accumulate=4, rank=rank, world=2)
     batches = (collate([items[i] for i in batch]) for batch in plan[0].batches)
@@ -72,7 +69,7 @@ def _step(rank, folder):
 def test_two_processes_have_the_gradient_of_one(tmp_path):
     """Each accumulates batches of unequal numbers of tokens."""
     torch.multiprocessing.spawn(_step, (str(tmp_path),), nprocs=2)
-    model, items = without_routing_losses(), uneven_clips()
+    model, items = model_and_uneven_clips()
     model(collate(items)).lm.backward()
     gradients, clips = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}, []
     for rank in range(2):
@@ -86,8 +83,8 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
 
 
 def test_a_run_is_the_plain_loop_written_out(corpus, tmp_path, monkeypatch):
-    """AdamW on each step's gradient, clipped, at the scheduled rate; noise and masks from the second epoch on."""
-    honest, add_noise, seen, heard, noisy = LlamaSMoP.forward, data.add_noise, [], {}, []
+    """AdamW on each step's gradient, clipped, at the scheduled rate; noise from the second epoch on."""
+    honest, add_noise, seen, noisy = LlamaSMoP.forward, data.add_noise, [], []
     flat = lambda tensors: torch.cat([x.detach().flatten() for x in tensors])  # noqa: E731
 
     def forward(model, batch):
@@ -101,16 +98,13 @@ def test_a_run_is_the_plain_loop_written_out(corpus, tmp_path, monkeypatch):
             seen.append(
                 (flat(trained), model.count_tokens(batch["texts"]).sum(), losses.lm.detach(), flat(lm), flat(routing))
             )
-            for name, audio in zip(batch["ids"], batch["audio"]):
-                heard.setdefault(name, []).append(audio.square().mean())
         return losses
 
     monkeypatch.setattr(LlamaSMoP, "forward", forward)
-    monkeypatch.setattr(data, "add_noise", lambda *args: noisy.append(args) or add_noise(*args))
+    monkeypatch.setattr(data, "add_noise", lambda *args: noisy.append(len(seen)) or add_noise(*args))
     train_here(tmp_path, "--data", corpus, "--max-frames", 100, "--accumulate", 3, "--epochs", 2)
-    assert noisy and all(len(energies) == 2 for energies in heard.values())
-    assert any(a != b for a, b in heard.values())
     batches = len(seen) // 2
+    assert min(noisy) >= batches  # the first epoch is clean
     assert batches % 3  # the last step of an epoch has fewer batches
     steps = [epoch[i : i + 3] for epoch in (seen[:batches], seen[batches:]) for i in range(0, batches, 3)]
     start = seen[0][0]
@@ -149,6 +143,9 @@ def test_pretrained_llms_have_the_published_recipe():
     assert recipe("--llm", "a/b") == [10, 0, 1500, 1e-3]
     assert recipe("--llm", "a/b", "--task", "vsr", "--max-frames", "900") == [10, 0, 900, 5e-4]
     assert recipe("--lr", "1e-4") == [6, 3, 320, 1e-4]
+
+
+def test_zero_db_is_an_snr_of_the_evaluation():
     assert train.parse_args(["--eval-snr", "clean", "0"])[0].snrs == [None, 0.0]
 
 
@@ -164,27 +161,23 @@ def test_flags_reach_the_model():
 
 
 def test_numbers_gone_bad_stop_the_run(corpus, tmp_path, monkeypatch):
-    """A loss that is no number, then an infinite gradient: the clips are named, the checkpoint stays, and a lower rate
-    may continue from it."""
-    honest = LlamaSMoP.forward
-    faults = {"nan": lambda lm: lm * math.nan, "inf": lambda lm: lm + (lm - lm.detach()).sqrt()}
-    for name, fault in faults.items():
-        calls = []
+    """An infinite gradient of a finite loss: the clips are named, the checkpoint stays, and a lower rate may continue."""
+    honest, calls = LlamaSMoP.forward, []
 
-        def forward(model, batch):
-            calls.extend([batch["ids"]] * model.training)
-            losses = honest(model, batch)
-            return losses._replace(lm=fault(losses.lm)) if len(calls) > 5 else losses
+    def forward(model, batch):
+        calls.extend([batch["ids"]] * model.training)
+        losses = honest(model, batch)
+        return losses._replace(lm=losses.lm + (losses.lm - losses.lm.detach()).sqrt()) if len(calls) > 5 else losses
 
-        with monkeypatch.context() as patch:
-            patch.setattr(LlamaSMoP, "forward", forward)
-            with pytest.raises(InputError, match="step 6: a loss or gradient is not finite.*--lr RATE.*clips") as stop:
-                train_here(tmp_path / name, "--data", corpus, "--task", "asr", "--save-every", 1, "--epochs", 4)
-        assert str(stop.value).endswith(", ".join(calls[-1])) and len(metrics(tmp_path / name)) >= 5
-        assert torch.load(tmp_path / name / "checkpoint.pt")["step"] == 5
-    train.train(*train.parse_args(["--resume", str(tmp_path / "nan"), "--lr", "1e-4"]))
-    rates = [line["lr"] for line in metrics(tmp_path / "nan") if "lr" in line]
-    assert rates[4] > 1e-4 >= max(rates[5:]) and (tmp_path / "nan" / "results.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaSMoP, "forward", forward)
+        with pytest.raises(InputError, match="step 6: a loss or gradient is not finite.*--lr RATE.*clips") as stop:
+            train_here(tmp_path, "--data", corpus, "--task", "asr", "--save-every", 1, "--epochs", 4)
+    assert str(stop.value).endswith(", ".join(calls[-1])) and len(metrics(tmp_path)) >= 5
+    assert torch.load(tmp_path / "checkpoint.pt")["step"] == 5
+    train.train(*train.parse_args(["--resume", str(tmp_path), "--lr", "1e-4"]))
+    rates = [line["lr"] for line in metrics(tmp_path) if "lr" in line]
+    assert rates[4] > 1e-4 >= max(rates[5:]) and (tmp_path / "results.json").exists()
 
 
 def test_collapsed_router_is_warned_about(corpus, tmp_path, monkeypatch, capsys):
@@ -211,11 +204,6 @@ def test_a_bad_clip_ends_the_run_by_name(corpus, tmp_path):
     bad.write_text("no media")
     printed = run("train.py", *TINY, "--data", tmp_path / "corpus", "--workers", 2, "--out", tmp_path / "run", code=1)
     assert printed.count("error: ") == 1 and f"error: {bad}: " in printed and "Traceback" not in printed
-
-
-def test_a_fault_of_ours_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
-        train.run_command(lambda: 1 / 0)
 
 
 @pytest.mark.parametrize("setting, message", [
@@ -336,14 +324,9 @@ def test_a_new_run_leaves_nothing_of_the_old_one(tmp_path):
 
 
 def test_a_signal_after_the_last_step_ends_the_run():
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        with pytest.raises(KeyboardInterrupt), runs.Signals() as signals:
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert signals.seen() == 1
-    finally:
-        for number, handler in handlers:
-            signal.signal(number, handler)
+    with pytest.raises(KeyboardInterrupt), runs.Signals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.seen() == 1
 
 
 def test_a_run_that_dies_at_any_write_goes_on(corpus, tmp_path, monkeypatch):

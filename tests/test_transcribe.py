@@ -1,11 +1,10 @@
 """tools/transcribe.py: long clips are cut at pauses, good clips become text, bad ones are refused by name."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
-from common import SHARED, command, needs_shared, small_model, write_picture
+from common import SHARED, command, needs_faces, small_model, write_picture
 
 from data import collate, crop_video, transform_audio
 from model import LlamaSMoP
@@ -85,14 +84,12 @@ def test_good_and_bad_clips(tmp_path, capsys):
 def test_our_own_faults_keep_their_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(LlamaSMoP, "load", lambda folder: small_model("asr"))
     monkeypatch.setattr(transcribe, "transcribe", lambda *_: 1 / 0)
-    monkeypatch.setattr(sys, "argv", ["transcribe", "run", "talk.mp4", "--device", "cpu"])
     with pytest.raises(ZeroDivisionError):
-        transcribe.main()
+        transcribe.run_command(lambda: command(transcribe, "run", "talk.mp4", "--device", "cpu"))
 
 
-@needs_shared
+@needs_faces
 def test_the_mouth_is_found(tmp_path, capsys):
-    pytest.importorskip("dlib", reason="dlib is not installed: pip install -r requirements-extra.txt")
     small_model("vsr").save(tmp_path / "run")
     prepare.write_sheet(tmp_path / "still.png", [next(video_frames(TALK))], columns=1)
     write_picture(tmp_path / "frame.mp4", 0.04)
