@@ -3,9 +3,11 @@
 That what was read computes the authors' numbers is in test_parity.py.
 """
 
+import shutil
+
 import pytest
 import torch
-from common import WORDS, close, command, small_batch, write_llama, write_tokenizer, write_whisper
+from common import close, command, small_batch, write_llama
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -72,30 +74,25 @@ def test_mlp_of_llama_avsr_is_one_expert(theirs, weights, modalities):
 
 
 @pytest.mark.parametrize("left", ["both", "llm.model.embed_tokens.weight", "llm.lm_head.weight"])
-def test_tied_llm(tmp_path, left):
+def test_tied_llm(theirs, weights, tmp_path, left):
     """safetensors keeps one of two names of the same tensor."""
-    write_tokenizer(tmp_path / "llm")
-    llm = write_llama(tmp_path / "llm", tie_word_embeddings=True).state_dict()
-    encoder = write_whisper(tmp_path / "whisper").get_encoder().state_dict()
-    state = {f"audio_encoder.{name}": x for name, x in encoder.items()} | {f"llm.{name}": x for name, x in llm.items()}
+    shutil.copytree(theirs / "llm", tmp_path / "llm")  # its tokenizer
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"num_hidden_layers": 2, "vocab_size": 64, "tie_word_embeddings": True}
+    llm = write_llama(tmp_path / "llm", **sizes).state_dict()
     ends = {"llm.model.embed_tokens.weight", "llm.lm_head.weight"}
-    rows = torch.cat([llm["lm_head.weight"], torch.randn(5, 32)])  # with the five added tokens
-    state |= {name: rows.clone() for name in ends}
-    for place in "QV":
-        state[f"llm.model.layers.0.self_attn.lora_down_{place}.weight"] = torch.randn(2, 32)
-        state[f"llm.model.layers.0.self_attn.lora_up_{place}.weight"] = torch.randn(32, 2)
-    shapes = {"0.weight": (20, 32), "0.bias": (20,), "2.weight": (32, 20), "2.bias": (32,)}
-    shapes |= {"3.weight": (32,), "3.bias": (32,)}
-    state |= {f"audio_proj.{name}": torch.randn(shape) for name, shape in shapes.items()}
+    rows = torch.cat([llm["lm_head.weight"], torch.randn(5, 64)])  # with the five added tokens
+    parts = tmp_path / "llm", theirs / "whisper", theirs / "avhubert.pt"
+    state = weights | {f"llm.{n}": x for n, x in llm.items()} | {n: rows.clone() for n in ends}
     save_file({n: x for n, x in state.items() if left in ("both", n) or n not in ends}, tmp_path / "a.safetensors")
-    model = load_published(tmp_path / "a.safetensors", tmp_path / "llm", tmp_path / "whisper")
+    model = load_published(tmp_path / "a.safetensors", *parts)
     assert model.llm.get_output_embeddings().weight is model.llm.get_input_embeddings().weight
     close(model.llm.get_output_embeddings().weight, rows)
     if left == "both":
-        state["llm.lm_head.weight"][len(WORDS)] += 1
+        state["llm.lm_head.weight"][64] += 1
         save_file(state, tmp_path / "untied.safetensors")
         with pytest.raises(InputError, match="untied.safetensors: llm.model.embed_tokens.weight is frozen"):
-            load_published(tmp_path / "untied.safetensors", tmp_path / "llm", tmp_path / "whisper")
+            load_published(tmp_path / "untied.safetensors", *parts)
 
 
 def test_what_does_not_fit_is_named(theirs, weights, tmp_path):
