@@ -1,6 +1,6 @@
 """Word error rate of a run, clean and in noise, and what its routers do.
 
-    python eval.py RUN                                       # the test split as the run was trained, clean
+    python eval.py RUN                                       # the test split of its corpus, in clean sound
     python eval.py RUN --snr clean 5 2.5 0 -2.5 -5 --num-beams 15
     python eval.py RUN --data OTHER_DIR --split valid --noise babble.wav --snr 0
     torchrun --standalone --nproc_per_node 4 eval.py RUN     # several GPUs: the same results
@@ -81,14 +81,12 @@ def evaluate(model, clips, load, noise=None, snrs=(None,), num_beams=1, max_fram
                 texts += zip(batch["ids"], model.decode(ids))
                 lengths = (ids.cpu() == model.tokenizer.eos_token_id).int().argmax(1)  # tokens before EOS
                 cut_ids += [name for name, end in zip(batch["ids"], lengths >= model.most_tokens(batch)) if end]
-        texts, cut[name_snr(snr)] = dict(runs.gather(texts)), len(runs.gather(cut_ids))
+        name = name_snr(snr)
+        texts, cut[name] = dict(runs.gather(texts)), len(runs.gather(cut_ids))
         if snr == snrs[0]:
             routing = routing_statistics(runs.gather(routings))
-        lines = [{"id": clip.id, "reference": clip.text, "hypothesis": texts[clip.id]} for clip in clips]
-        hypotheses += [{"snr": name_snr(snr)} | line for line in lines]
-        wer[name_snr(snr)], interval[name_snr(snr)] = word_error_rate(
-            [line["reference"] for line in lines], [line["hypothesis"] for line in lines], normalize
-        )
+        hypotheses += [{"snr": name, "id": c.id, "reference": c.text, "hypothesis": texts[c.id]} for c in clips]
+        wer[name], interval[name] = word_error_rate([c.text for c in clips], [texts[c.id] for c in clips], normalize)
     cuda = model.device.type == "cuda"
     results = {name: model.config[name] for name in ("task", "projector", "num_experts", "top_k")} | {
         "wer": wer,
@@ -127,7 +125,7 @@ def count_errors(references, hypotheses, normalize=False):
             continue
         words = jiwer.process_words(reference, hypothesis)
         errors = words.substitutions + words.deletions + words.insertions
-        clips.append((errors, words.hits + words.substitutions + words.deletions))
+        clips.append((errors, len(reference.split())))
     return clips
 
 
@@ -153,7 +151,7 @@ def word_error_rate(references, hypotheses, normalize=False):
 
 @contextmanager
 def record_routing(model):
-    """A list that receives {modality: Routing} on the CPU of each batch while the context is open."""
+    """A list that receives the routing of each batch, {modality: Routing} on the CPU, while the context is open."""
     routings = []
 
     def record(module, inputs, outputs):

@@ -92,9 +92,10 @@ def _script(name):
     return words, phones
 
 
-def _targets(phones, column, rate):
-    """Targets (rate * seconds, columns). Sound glides from phone to phone over 70 ms; lips change from frame to frame."""
-    steps = np.concatenate([np.tile(PHONES[p][column], (n * rate // FPS, 1)) for p, n in phones]).astype(np.float32)
+def _targets(phones, part, rate):
+    """The targets of the lips (part 0) or of the voice (part 1) over time, (rate * seconds, numbers of a target). The voice
+    glides from phone to phone over 70 ms; lips change from frame to frame."""
+    steps = np.concatenate([np.tile(PHONES[p][part], (n * rate // FPS, 1)) for p, n in phones]).astype(np.float32)
     window = np.hanning(2 * (rate * 6 // 100 // 2) + 3)[1:-1]
     padded = np.pad(steps, ((len(window) // 2,) * 2, (0, 0)), mode="edge")
     return np.stack([np.convolve(c, window / window.sum(), "valid") for c in padded.T], axis=1)

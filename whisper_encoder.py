@@ -27,8 +27,8 @@ MAX_SAMPLES = MAX_SECONDS * SAMPLE_RATE
 def whisper_frames(samples):
     """How many encoder frames are kept of clips of `samples` (B,) samples: 50 a second, at least 25, at most 1500.
 
-    In integers and per clip. The published code has the same bounds; it takes the longest clip of the batch, in the default
-    dtype.
+    Computed in integers, for each clip. The published code has the same bounds, but takes the longest clip of the batch and
+    computes in the default dtype.
     """
     return (samples * FRAME_RATE // SAMPLE_RATE).clamp(25, MAX_SECONDS * FRAME_RATE)
 

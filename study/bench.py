@@ -25,10 +25,11 @@ from transformers import GenerationConfig
 
 from data import FPS, SAMPLES_PER_FRAME, ClipDataset, collate, load_corpus, make_loader
 from eval import load_noise
-from model import LlamaSMoP, add_lora
+from model import PROMPTS, LlamaSMoP, add_lora
 from smop import SMoP, route
 from tools.errors import run_command
 from tools.features import Features
+from tools.run import join_processes
 from tools.tokenizer import train_tokenizer
 from train import SMALL_AVHUBERT, SMALL_LLM, SMALL_WHISPER
 
@@ -50,7 +51,8 @@ def timed(function, device):
 
 
 def compare(functions, device, seconds=3.0, least=3):
-    """{name: median seconds} of functions that take turns for about `seconds`, `least` times or more."""
+    """{name: median seconds} of functions that take turns for about `seconds`, `least` times or more. With least=1 nothing
+    warms up."""
     if least > 1:
         for function in functions.values():  # warm up
             timed(function, device)
@@ -210,7 +212,8 @@ def bench_decoding(device, dtype, length=16):
                 "ours": lambda: ids.update(ours=model.generate_ids(collate(items), beams, **settings)),
             }
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                times = compare(ways, device, 5, least=3 if name == "small" else 1)  # the other takes a minute on a CPU
+                quick = name == "small" or device.type == "cuda"  # the other takes a minute on a CPU
+                times = compare(ways, device, 5, least=3 if quick else 1)
             speeds = {f"{way} (clips/s)": 16 / seconds for way, seconds in times.items()}
             same = int((ids["published"] == ids["ours"]).all(1).sum())
             ratio = times["published"] / times["ours"]
@@ -257,8 +260,7 @@ def paper_model(device):
     gpu = device.type == "cuda"
     tokenizer = train_tokenizer([clip.text for clip in load_corpus("synthetic", "train")[0]])
     parts = (LLAMA_1B, WHISPER_MEDIUM, {}) if gpu else (SMALL_LLM, SMALL_WHISPER, SMALL_AVHUBERT)
-    prompt = "Transcribe speech and video to text."
-    model = LlamaSMoP("avsr", *parts, tokenizer, audio_window="30s" if gpu else "clip", prompt=prompt)
+    model = LlamaSMoP("avsr", *parts, tokenizer, audio_window="30s" if gpu else "clip", prompt=PROMPTS["avsr"])
     model.audio_encoder.requires_grad_(False)
     model.video_encoder.requires_grad_(False)
     model.llm = add_lora(model.llm)
@@ -313,7 +315,7 @@ def main():
     add("--features", help="folder of tools/encode.py: training on it is compared with training on its clips")
     add("--out", type=Path, default=Path("bench.json"), help="file to write (default: bench.json)")
     args = parser.parse_args()
-    device = torch.device(args.device)
+    device = join_processes(args.device)[2]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     about = {"device": name, "threads": torch.get_num_threads(), "dtype": str(dtype)}

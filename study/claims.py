@@ -20,7 +20,8 @@ from eval import bootstrap, count_errors
 from model import LlamaSMoP
 from tools.run import write_atomically
 
-SNRS, NOISY, MAIN = "clean 5 2.5 0 -2.5 -5".split(), "5 2.5 0 -2.5 -5".split(), "clean 0 -5".split()
+SNRS, MAIN = "clean 5 2.5 0 -2.5 -5".split(), "clean 0 -5".split()
+NOISY = SNRS[1:]
 LEAST_SEEDS = 3  # for a verdict on a difference of WER: a seed may be luck
 CLAIMS = ["configurations", "noise", "usage", "experts", "sizes", "data"]
 
@@ -184,10 +185,10 @@ def spread(values):
     return f"{statistics.mean(values):.1f}{deviation}" if values else "–"
 
 
-def decode_ratios(mlp, cell, data, rounds=9):
+def decode_ratios(mlp_folder, folder, data, rounds=9):
     """Time to decode 8 test clips as a ratio to the MLP's, of each round, sorted; both in turns in one process."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    models, ratios = [LlamaSMoP.load(folder).to(device) for folder in (mlp, cell)], []
+    models, ratios = [LlamaSMoP.load(folder).to(device) for folder in (mlp_folder, folder)], []
     clips, load = load_corpus(data, "test")
     dataset = ClipDataset(clips[:8], load, models[0].modalities)
     batch = collate([dataset[i] for i in range(len(dataset))])

@@ -30,7 +30,6 @@ TINY_LLM = SMALL_LLM | {"hidden_size": 64, "intermediate_size": 192, "num_hidden
 SCRATCH = {"tiny": json.dumps(TINY_LLM), "small": None}  # --llm of train.py (None: its default), small ones first
 # From scratch; chosen on the valid split of GRID.
 RECIPE = {"epochs": 12, "clean_epochs": 2, "max_frames": 900, "lr": 1e-3}
-PUBLISHED = {"epochs": 10, "clean_epochs": 0}  # with a pretrained LLM
 
 
 def runs_of(args):
@@ -60,7 +59,7 @@ def make_share(share, args):
 def arguments(cell, seed, args):
     """The command line of train.py, but for --out. All shares of the clips take the same number of steps."""
     given = {"data": share_folder(cell.share, args), "task": cell.task, "projector": cell.projector, "seed": seed}
-    given |= {"llm": args.llms[cell.llm]} | (RECIPE if cell.llm in SCRATCH else PUBLISHED)
+    given |= {"llm": args.llms[cell.llm]} | (RECIPE if cell.llm in SCRATCH else {})  # else train.py's defaults
     if cell.projector != "mlp":
         given |= {"num_experts": cell.num_experts, "top_k": cell.top_k}
     if not cell.balance:

@@ -154,6 +154,8 @@ def test_lrs3_keeps_a_speaker_in_one_split(tmp_path):
     corpus = find_clips(tmp_path, valid_list=tmp_path / "list")
     assert {name for split, name in found(corpus) if split == "valid"} == {"3/00001", "5/00002"}
     assert [failure[:2] for failure in corpus.failures] == [("valid", "999/00001")]
+    with pytest.raises(InputError, match="--others are only for --grid"):
+        find_clips(tmp_path, others=["3"])
     with pytest.raises(InputError, match="--valid-list divides trainval/"):
         find_clips(tmp_path / "test", valid_list=tmp_path / "list")
 

@@ -31,7 +31,7 @@ def check_clips(model, clips):
     tokens = model.count_tokens(texts)
     most = model.llm.config.max_position_embeddings
     rest = model.token_ids({modality: torch.tensor([0]) for modality in model.modalities})[0].numel()  # markers, prompt
-    faults[f"a transcript of more than {MAX_NEW_TOKENS} tokens"] = tokens > MAX_NEW_TOKENS
+    faults[f"a transcript of more than {MAX_NEW_TOKENS} tokens"] = tokens - 1 > MAX_NEW_TOKENS  # EOS is counted, too
     faults["a transcript that the tokenizer alters, or with a token like </s>"] = find_altered(model.tokenizer, texts)
     faults[f"more tokens than the LLM's {most} positions"] = rest + sum(counts.values()) + tokens > most
     refuse(clips, faults)

@@ -1,7 +1,7 @@
 """The clips of a raw corpus, with their splits and transcripts. tools/README.md shows the layouts.
 
-Nothing is lost in silence: a video without a transcript, or a listed clip without a video, is a failure; what belongs
-to no split is counted and named.
+Nothing is lost in silence. A video without a transcript, or a listed clip without a video, is a failure. What belongs
+to no split is counted and named. With manifests, only what they list is looked at.
 """
 
 import mimetypes
@@ -16,8 +16,8 @@ from data import read_lines, read_manifest
 from tools.errors import InputError
 
 VIDEO = {".mp4", ".mov", ".mkv", ".avi", ".mpg", ".webm", ".m4v"}
-# A corpus's name of a split: ours.
-SPLITS = {"train": "train", "valid": "valid", "val": "valid", "test": "test", "others": "others"}
+# What a corpus calls a split: what we call it.
+SPLIT_OF = {"train": "train", "valid": "valid", "val": "valid", "test": "test", "others": "others"}
 SILENCE = ("sil", "sp")  # in the alignments of GRID
 GRAMMAR = [  # of GRID: the name of a clip has one letter for each of its six words
     {word[0]: word for word in "bin lay place set".split()},
@@ -40,9 +40,11 @@ def find_clips(raw, grid=False, talkers=(), others=(), valid_list=None):
     kept out of training, in a split of that name. `valid_list` divides the trainval/ of LRS3."""
     if not raw.is_dir():
         raise InputError(f"{raw}: no such folder")
+    if (talkers or others) and not grid:
+        raise InputError("--talkers and --others are only for --grid")
     if valid_list and not (raw / "trainval").is_dir():
         raise InputError(f"--valid-list divides trainval/, which {raw} lacks")
-    if not grid and any((raw / f"{name}.csv").is_file() for name in SPLITS):
+    if not grid and any((raw / f"{name}.csv").is_file() for name in SPLIT_OF):
         corpus = read_manifests(raw)
     else:
         folders = os.walk(raw, followlinks=True)
@@ -60,9 +62,9 @@ def find_clips(raw, grid=False, talkers=(), others=(), valid_list=None):
 def read_manifests(raw):
     corpus, others = Corpus([], [], []), []
     for path in sorted(raw.glob("*.csv")):
-        if path.stem in SPLITS:
+        if path.stem in SPLIT_OF:
             rows = read_manifest(path)
-            corpus.clips.extend((SPLITS[path.stem], clip.id, clip.path, normalise(clip.text)) for clip in rows)
+            corpus.clips.extend((SPLIT_OF[path.stem], clip.id, clip.path, normalise(clip.text)) for clip in rows)
         else:
             others.append(path)
     if others:
@@ -111,7 +113,7 @@ class Folders:
 
     def __init__(self, raw, valid_list):
         self.raw, self.valid_list = raw, valid_list
-        lists = {raw / f"{name}.txt": split for name, split in SPLITS.items() if (raw / f"{name}.txt").is_file()}
+        lists = {raw / f"{name}.txt": split for name, split in SPLIT_OF.items() if (raw / f"{name}.txt").is_file()}
         self.has_lists = bool(lists)
         if valid_list:
             lists[valid_list] = "valid"
@@ -127,9 +129,9 @@ class Folders:
         if top == "trainval" and folders:
             split = self.listed.get(name, "train") if self.valid_list else draw_split(folders[0], 4, 0)
             return split, name
-        if top in SPLITS and folders:
-            return SPLITS[top], name
-        return None, "outside train/, valid/ or val/, test/ and trainval/"
+        if top in SPLIT_OF and folders:
+            return SPLIT_OF[top], name
+        return None, "outside train/, valid/ or val/, test/, others/ and trainval/"
 
     def read_text(self, path, name):
         path = path.with_suffix(".txt")
@@ -145,7 +147,7 @@ class Folders:
 
 
 class Grid:
-    """s1/.../bbaf2n.mpg with its words in a bbaf2n.align, which lies below a folder s1, too, or else in its name."""
+    """s1/.../bbaf2n.mpg. Its words are in a bbaf2n.align below a folder s1; without one, its name spells them."""
 
     listed = {}
 

@@ -5,10 +5,9 @@
     python train.py --data grid-features ...                           # eval.py takes the folder, too
 
 A frozen encoder gives the same features of a clip in every epoch and run, unless the clip is augmented. So `--copies`
-augmented copies of each train clip are stored. Training takes one of them for each clip and epoch; in its clean epochs, and
-on the valid split, it takes the clip as it is. The test split (and `others`, a split of new
-talkers) is encoded clean and at each SNR.
-tools/features.py says what OUT holds. Repeat an interrupted command to continue it, shard by shard.
+augmented copies of each train clip are stored. Training takes one of them for each clip and epoch; in its clean epochs,
+and on the valid split, it takes the clip as it is. The test split (and `others`, a split of new talkers) is encoded clean
+and at each SNR. tools/features.py says what OUT holds. Repeat an interrupted command to continue it, shard by shard.
 """
 
 import argparse
@@ -32,7 +31,7 @@ from tools.errors import InputError, run_command
 from tools.features import FACTS, fingerprints, is_features, version_at
 
 SHARD = 1000  # clips
-SNRS = "5 2.5 0 -2.5 -5".split()
+NOISY = "5 2.5 0 -2.5 -5".split()
 HERE = Path(__file__).resolve().parent.parent
 # The files that decide the features.
 SOURCES = "data encoders whisper_encoder avhubert synthetic tools/media tools/encode".split()
@@ -129,7 +128,12 @@ def parse_args():
     add("--video-pool", type=int, default=2, help="video frames averaged into a token (default: 2)")
     add("--copies", type=int, default=6, help="augmented copies of the train split (default: 6)")
     add("--noise", help="audio file of noise (default: babble made of the train split)")
-    add("--snr", nargs="+", default=SNRS, help="SNRs (dB) of the test split, besides clean (default: %(default)s)")
+    add(
+        "--snr",
+        nargs="+",
+        default=NOISY,
+        help=f"SNRs (dB) of the test split, besides clean (default: {' '.join(NOISY)})",
+    )
     add("--seed", type=int, default=0, help="of the copies (default: 0)")
     add("--max-frames", type=int, default=1500, help="video frames per batch (default: 1500)")
     add("--workers", type=int, help="data-loading processes (default: 2; for a GPU, one per core, at most 16)")

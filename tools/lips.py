@@ -75,9 +75,9 @@ def check_spelling(clips):
     """Raise an InputError unless the transcripts fit: CTC writes at most a character a frame, and needs a blank between
     two that are the same."""
     for clip in clips:
-        repeats = sum(a == b for a, b in zip(clip.text, clip.text[1:]))
-        if len(clip.text) + repeats > clip.frames:
-            raise InputError(f"{clip.id}: {len(clip.text)} characters do not fit {clip.frames} frames")
+        needed = len(clip.text) + sum(a == b for a, b in zip(clip.text, clip.text[1:]))
+        if needed > clip.frames:
+            raise InputError(f"{clip.id}: CTC needs {needed} frames to spell its transcript, but it has {clip.frames}")
 
 
 def evaluate(model, clips, load, max_frames, workers):

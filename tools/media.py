@@ -57,8 +57,8 @@ def start_of(stream):
 def video_frames(path, pixels="gray"):
     """Yield the frames of a video, 25 a second whatever its own rate: grey (H, W) uint8, or "rgb24" (H, W, 3).
 
-    Each is the one nearest in time, and the last one stands until the next. A file without timestamps (a bare .h264)
-    has its stated rate.
+    Each tick shows the frame that is nearest in time. Across a longer gap, the earlier frame stands until half a tick
+    before the next. A file without timestamps (a bare .h264) has its stated rate.
     """
     with opened(path, "video") as (container, stream):
         wide = stream.sample_aspect_ratio or 1  # how much wider than high a pixel is, on a DVD for example
@@ -93,8 +93,8 @@ def video_frames(path, pixels="gray"):
 
 
 def change(before, time):
-    """The first of the 25 ticks a second (not rounded) that is nearer to the frame at `time` than to the one before.
-    One that stands for longer than a tick gives way half a tick before the next."""
+    """When the frame at `time` replaces the one at `before`, in ticks of 1/25 s: halfway between the two, but at most half a
+    tick before `time`."""
     return FPS * (time - min(time - before, 1 / FPS) / 2)
 
 

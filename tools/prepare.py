@@ -7,7 +7,7 @@
 Follows AV-HuBERT's preparation (its `align_mouth.py`): dlib's 68 landmarks on every frame, smoothed over 12
 frames, a similarity transform of five stable points onto a mean face, and a 96x96 cut around the mouth.
 
-OUT_DIR receives train.csv, valid.csv and test.csv, a grey 25 fps `.mp4` and a 16 kHz mono `.wav` a clip, `sheet.png`
+OUT_DIR receives a manifest for each split, a grey 25 fps `.mp4` and a 16 kHz mono `.wav` for each clip, `sheet.png`
 (the middle frame of up to 400 clips: look at it) and `failures.csv`. Clips that are already there are kept, so a
 killed run continues where it stopped. tools/README.md shows what RAW_DIR may look like.
 """
@@ -286,7 +286,7 @@ def main():
     if raw.resolve() in (out.resolve(), *out.resolve().parents):
         raise InputError(f"{out}: OUT_DIR must lie outside RAW_DIR, whose files it would replace or join")
     corpus = find_clips(raw, args.grid, args.talkers, args.others, args.valid_list)
-    print(f"{len(corpus.clips)} clips found, {len(corpus.failures)} more without a transcript or a video")
+    print(f"{len(corpus.clips)} clips found, {len(corpus.failures)} more that failures.csv will name")
     for sentence in corpus.skipped:
         print(sentence, file=sys.stderr)
     _dlib()  # complain about a missing package before any work

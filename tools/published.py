@@ -3,7 +3,7 @@
     python -m tools.published model_avg_1.pth runs/authors --video-encoder large_vox_iter5.pt
     python eval.py runs/authors --data DIR
 
-It is one flat file with every weight, frozen ones included, under the names of the authors' modules:
+The checkpoint is one flat file with every weight, frozen ones included, under the names of the authors' modules:
 
     audio_encoder.*, video_encoder.*                Whisper's encoder, AV-HuBERT under fairseq's names
     audiovisual_proj.gate, .experts.{e}.{0,2,3}     Llama-SMoP: one mixture for both modalities (JEJR)

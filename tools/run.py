@@ -125,7 +125,7 @@ class RunFolder:
 
 
 def hold(folder):
-    """Lock a folder for as long as this process lives, however it ends."""
+    """Lock a folder until the returned file is closed, at the latest when the process ends, however it ends."""
     file = open(folder / "lock", "w")
     try:
         if fcntl:
@@ -193,9 +193,9 @@ def join_processes(device):
     except RuntimeError as error:
         raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from None
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if device.type == "cuda" and gpus < max(local, (device.index or 0) + 1):
-        raise InputError(f"--device {device} with {local} processes needs as many GPUs, but there are {gpus}")
+    needed = max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), (device.index or 0) + 1)
+    if device.type == "cuda" and (gpus := torch.cuda.device_count()) < needed:
+        raise InputError(f"--device {device}: {needed} GPUs are needed, but there are {gpus}")
     if world > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
