@@ -13,6 +13,7 @@ from common import COMPACT, GOLDEN, close, needs_shared
 
 from avhubert import AVHubertEncoder, normalise
 from data import collate, crop_video, transform_audio
+from test_smop import check_published
 from tools.media import fit_audio
 from tools.published import load_published, ours_from_published
 from whisper_encoder import whisper_frames
@@ -27,6 +28,15 @@ def published(theirs):
     assert model.config["lora_rank"] == info["lora"]["real_rank"]
     assert model.config["dim_hidden"] == info["smop"]["intermediate"]
     return model, info
+
+
+# --- the mixture -------------------------------------------------------------------------------------------------
+
+
+@needs_shared
+@pytest.mark.parametrize("case", ["e4_k4", "e8_k1"])
+def test_more_mixtures(case):
+    check_published(np.load(GOLDEN / "smop.npz"), case)
 
 
 # --- AV-HuBERT ---------------------------------------------------------------------------------------------------
