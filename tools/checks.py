@@ -25,7 +25,8 @@ def check_lengths(encoders, clips):
 
 
 def check_clips(model, clips):
-    """Raise an InputError that names the clips (20 at most) whose length or transcript this model cannot take. Reads no clip."""
+    """Raise an InputError that names the clips (20 at most) whose length or transcript this model cannot take. Reads no
+    clip."""
     counts, faults = tokens_and_faults(model, clips)
     texts = [clip.text for clip in clips]
     tokens = model.count_tokens(texts)

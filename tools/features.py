@@ -1,9 +1,9 @@
 """Read the features that tools/encode.py stored, and check what they were made from.
 
-Their folder holds features.json and the manifests. A shard is a folder of up to 1000 clips, SPLIT/NUMBER; a clip's `path`
-in the manifest is its shard. It has one safetensors file per version, with the tensors ID.audio and ID.video, (tokens, D)
-in float16. The versions are "clean",
-"copy0", "copy1", ... (augmented as in training) and "snr5", "snr-5", ... (noise at that many dB).
+Their folder holds features.json and the manifests. A shard is a folder, SPLIT/NUMBER, of up to 1000 clips; in a manifest,
+the `path` of a clip is its shard. Each shard has one safetensors file per version, with the tensors ID.audio and ID.video,
+(tokens, D) in float16. The versions are "clean", "copy0", "copy1", ... (augmented as in training) and "snr5", "snr-5", ...
+(noise at that many dB).
 """
 
 import json

@@ -57,8 +57,8 @@ def start_of(stream):
 def video_frames(path, pixels="gray"):
     """Yield the frames of a video, 25 a second whatever its own rate: grey (H, W) uint8, or "rgb24" (H, W, 3).
 
-    Each tick shows the frame that is nearest in time. Across a longer gap, the earlier frame stands until half a tick
-    before the next. A file without timestamps (a bare .h264) has its stated rate.
+    Each tick shows the frame that is nearest in time. Where two frames lie more than a tick apart, the first
+    stands until half a tick before the second. A file without timestamps (a bare .h264) has its stated rate.
     """
     with opened(path, "video") as (container, stream):
         wide = stream.sample_aspect_ratio or 1  # how much wider than high a pixel is, on a DVD for example
